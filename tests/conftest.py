@@ -1,6 +1,6 @@
-"""Tiny random pipelines, complete with text encoder, tokenizer, VAE and scheduler, for tests of anything that takes a pipeline.
+"""Tiny random pipelines, complete with text encoder, tokenizer, VAE and scheduler, for tests of all that takes one.
 
-`tiny_sd` and `tiny_dit` are factories: every call gives a pipeline of its own, so that a test may quantize or damage it.
+`tiny_sd` and `tiny_dit` are factories: every call gives a pipeline of its own, so a test may quantize or damage it.
 They are built once a session, from a fixed seed and without a network, and load and save like any trained pipeline.
 """
 
@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported: no test reaches for the network
 
 import pytest
 import torch
@@ -37,16 +39,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No test reaches for the Hugging Face hub."""
-    monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
-    yield
-
-
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], StableDiffusionPipeline]:
-    """Factory of a text-to-image pipeline with the block types of Stable Diffusion (denoiser: `pipe.unet`, 8x8 latents)."""
+    """Factory of a text-to-image pipeline with Stable Diffusion's block types (denoiser: `pipe.unet`, 8x8 latents)."""
     original = build_tiny_sd(tmp_path_factory.mktemp("tokenizer"))
     return lambda: copy_pipeline(original)
 
