@@ -199,8 +199,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(
-            f"checkpoint {folder} has format_version {version!r}; this qdiff {__version__} reads up to {FORMAT_VERSION}; "
-            "update qdiff"
+            f"checkpoint {folder} has format_version {version!r}; this qdiff {__version__} reads up to "
+            f"{FORMAT_VERSION}; update qdiff"
         )
     if missing := [field for field in _FIELDS if field not in manifest]:
         raise ValueError(f"checkpoint {folder} is damaged: {MANIFEST} lacks {', '.join(missing)}; save it again")

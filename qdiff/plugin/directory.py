@@ -93,7 +93,8 @@ def verify(folder: Path, expected: Mapping[str, Mapping[str, Any]]) -> None:
             )
         if _sha256(path) != fingerprint["sha256"]:
             raise ValueError(
-                f"checkpoint {folder} is damaged: the sha256 of {name} is not the recorded one; copy or download it again"
+                f"checkpoint {folder} is damaged: the sha256 of {name} is not the recorded one; "
+                "copy or download it again"
             )
 
 

@@ -1,4 +1,4 @@
-"""`quantize_pipeline`: resolve the recipe, calibrate on the pipeline itself, quantize layer by layer, swap all at once."""
+"""`quantize_pipeline`: resolve the recipe, calibrate on the pipeline itself, quantize each layer, swap all at once."""
 
 from __future__ import annotations
 

@@ -58,12 +58,19 @@ def install(denoiser: nn.Module, replacements: Mapping[str, nn.Module], record: 
     try:
         for parent, child_name, child in places:
             parent._modules[child_name] = replaced[id(child)]
+        denoiser.save_pretrained = _refuse_plain_save  # type: ignore[assignment]
         denoiser.qdiff = record  # type: ignore[assignment]
     except BaseException:
         hook.remove()
+        vars(denoiser).pop("save_pretrained", None)
         for parent, child_name, child in places:
             parent._modules[child_name] = child
         raise
+
+
+def _refuse_plain_save(*args: object, **kwargs: object) -> NoReturn:
+    """Stands for `denoiser.save_pretrained`: from_pretrained would skip our tensors and load random weights."""
+    raise ValueError("a quantized denoiser cannot be saved by save_pretrained; use qdiff.save(pipe, directory)")
 
 
 def find_denoiser(pipe: object) -> tuple[str, nn.Module]:

@@ -72,9 +72,14 @@ def test_a_block_that_raises_changes_nothing(tmp_path):
     target = tmp_path / "target"
     target.mkdir()
     _fill(target, "old")
-    with pytest.raises(KeyboardInterrupt), written_aside(target) as aside:
-        (aside / "a.txt").write_text("new")
-        raise KeyboardInterrupt
+
+    def interrupted_by_the_user():
+        with written_aside(target) as aside:
+            (aside / "a.txt").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_by_the_user()
     assert _snapshot(tmp_path) == {"target/a.txt": b"old", "target/sub/b.txt": b"oldold"}
 
 
