@@ -1,0 +1,114 @@
+"""What is remembered of one layer's input at one timestep, in bounded memory, and how two such memories are joined."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float16, Int32
+from torch import Tensor, nn
+
+from qdiff.calibration.histogram import LogScale
+
+# Rows of a layer's input (over all timesteps) kept for output-error searches. Measured on a 12 M-parameter UNet:
+# the smoothing chosen from 256 rows loses under 0.1 % of output error against 1,024.
+SAMPLE_ROWS = 256
+# Rows a call that go into the histograms: 20 timesteps then place a 99.9th percentile of 64 channels within a bin.
+HISTOGRAM_ROWS = 256
+HALF_MAX = torch.finfo(torch.float16).max
+
+
+@dataclass
+class Memory:
+    """absmax: float32 [C].  counts: int32 [C, bins].  rows: float16 [r, taps, C], each with a random priority [r]."""
+
+    absmax: Float[Tensor, " channels"]
+    counts: Int32[Tensor, "channels bins"] | None
+    rows: Float16[Tensor, "rows taps channels"] | None
+    priority: Float[Tensor, " rows"] | None
+
+    def join(self, other: Memory) -> Memory:
+        """The memory of both. Law: commutative, but for the order of the rows."""
+        return Memory(
+            torch.maximum(self.absmax, other.absmax),
+            None if self.counts is None or other.counts is None else self.counts + other.counts,
+            None if self.rows is None or other.rows is None else torch.cat([self.rows, other.rows]),
+            None if self.priority is None or other.priority is None else torch.cat([self.priority, other.priority]),
+        )
+
+    def trim(self, rows: int) -> None:
+        """Keep the `rows` rows of highest priority: a uniform sample of all rows offered so far."""
+        if self.rows is not None and self.priority is not None and len(self.priority) > rows:
+            best = self.priority.topk(rows).indices.sort().values
+            self.priority = self.priority[best]
+            self.rows = self.rows[best.to(self.rows.device)]
+
+
+def spread(rows: int, count: int, generator: torch.Generator) -> Tensor:
+    """`count` distinct indices below `rows` (all, if there are fewer), one drawn from each of equal stretches."""
+    if count >= rows:
+        return torch.arange(rows)
+    offsets = torch.rand(count, generator=generator, dtype=torch.float64)
+    return ((torch.arange(count) + offsets) * rows / count).long()
+
+
+class InputView:
+    """One way to look at both kinds of layers' inputs: positions, each with C channels and, around it, taps.
+
+    x: [..., C] for a linear layer, [B, C, H, W] for a convolution.
+    """
+
+    def __init__(self, layer: nn.Module, x: Tensor) -> None:
+        self.conv = layer if isinstance(layer, nn.Conv2d) else None
+        self.x = x if self.conv else x.reshape(-1, x.shape[-1])
+
+    def channel_absmax(self) -> Float[Tensor, " channels"]:
+        """Exact, over every position; NaN or infinite where the input is."""
+        dims = (0, 2, 3) if self.conv else (0,)
+        return torch.maximum(self.x.amax(dims), self.x.amin(dims).neg_()).float()
+
+    def rows(self, count: int, generator: torch.Generator) -> Float[Tensor, "rows channels"]:
+        """The channels at up to `count` positions."""
+        if self.conv is None:
+            return self.x[spread(len(self.x), count, generator).to(self.x.device)]
+        batch, _, height, width = self.x.shape
+        chosen = spread(batch * height * width, count, generator).to(self.x.device)
+        return self.x.permute(0, 2, 3, 1)[chosen // (height * width), chosen // width % height, chosen % width]
+
+    def patches(self, count: int, generator: torch.Generator) -> Float16[Tensor, "rows taps channels"]:
+        """What up to `count` output positions multiply by the weight; padding is zero."""
+        if self.conv is None:
+            return _half(self.rows(count, generator)[:, None])
+        (kh, kw), (sh, sw), (ph, pw) = self.conv.kernel_size, self.conv.stride, _padding(self.conv)
+        batch, _, height, width = self.x.shape
+        out_height, out_width = (height + 2 * ph - kh) // sh + 1, (width + 2 * pw - kw) // sw + 1
+        chosen = spread(batch * out_height * out_width, count, generator).to(self.x.device)
+        tap = torch.arange(kh * kw, device=self.x.device)
+        y = (chosen // out_width % out_height * sh - ph)[:, None] + tap // kw
+        x = (chosen % out_width * sw - pw)[:, None] + tap % kw
+        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        image = (chosen // (out_height * out_width))[:, None].expand_as(y)
+        values = self.x.permute(0, 2, 3, 1)[image, y.clamp(0, height - 1), x.clamp(0, width - 1)]
+        return _half(values * inside[..., None])
+
+
+def _half(values: Tensor) -> Float16[Tensor, "..."]:
+    return values.float().clamp_(-HALF_MAX, HALF_MAX).half()
+
+
+def _padding(conv: nn.Conv2d) -> tuple[int, ...]:
+    if not isinstance(conv.padding, str):
+        return conv.padding
+    return tuple((size - 1) // 2 if conv.padding == "same" else 0 for size in conv.kernel_size)
+
+
+def observe(layer: nn.Module, x: Tensor, scale: LogScale | None, samples: int, generator: torch.Generator) -> Memory:
+    """What one call teaches; `scale` None keeps no histogram, `samples` 0 no rows."""
+    view = InputView(layer, x.detach())
+    rows = view.patches(samples, generator) if samples else None
+    return Memory(
+        absmax=view.channel_absmax(),
+        counts=scale.count(view.rows(HISTOGRAM_ROWS, generator)) if scale else None,
+        rows=rows,
+        priority=None if rows is None else torch.rand(len(rows), generator=generator),
+    )

@@ -1,0 +1,183 @@
+"""Watches the denoiser run: hooks on every layer, put on in one place and always taken off."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from qdiff.calibration.accumulator import SAMPLE_ROWS, Memory, observe
+from qdiff.calibration.histogram import LogScale
+from qdiff.calibration.statistics import ChannelHistograms, LayerStatistics, Samples, Statistics
+from qdiff.calibration.timesteps import TimestepBins
+from qdiff.denoising import read_timestep
+
+HISTOGRAMS = "histograms"
+SAMPLES = "samples"
+NEEDS = frozenset({"absmax", HISTOGRAMS, SAMPLES})
+
+
+def collect(
+    run: Callable[[], object],
+    denoiser: nn.Module,
+    layers: Mapping[str, nn.Module],
+    needs: Collection[str] | Mapping[str, Collection[str]],
+    progress: bool = True,
+    seed: int = 0,
+) -> Statistics:
+    """What the inputs of `layers` look like, per timestep, while `run` drives `denoiser`.
+
+    needs:  any of "absmax" (always collected), "histograms", "samples": for all layers, or a mapping from each layer's
+            name. Layers that did not run are missing from the result.
+    Raises `ValueError` for an input with NaN or infinite values (layer and timestep named), and where the denoiser
+    never ran. Hooks are gone in any case.
+    """
+    if not isinstance(needs, Mapping):
+        needs = dict.fromkeys(layers, needs)
+    unknown = set().union(*needs.values()) - NEEDS
+    if unknown:
+        raise ValueError(f"calibration can collect {', '.join(sorted(NEEDS))}: got {', '.join(sorted(unknown))}")
+    collector = Collector(layers, needs, seed)
+    with collector.watching(denoiser, progress):
+        run()
+    if not collector.memories:
+        raise ValueError("the denoiser never ran during calibration; does the pipeline use another copy of it?")
+    return collector.statistics()
+
+
+class Collector:
+    """Gathers a `Memory` for every (timestep, layer) pair; `statistics` stacks them into tables."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], needs: Mapping[str, Collection[str]], seed: int) -> None:
+        self.layers = layers
+        self.needs = needs
+        self.bins = TimestepBins()
+        self.memories: dict[float, dict[str, Memory]] = {}
+        self.scales: dict[str, LogScale] = {}
+        # A generator a layer: what is sampled of one does not depend on which others are watched.
+        self.generators = {
+            name: torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode())) for name in layers
+        }
+        self.parts: list[tuple[float, Tensor | None]] = []
+
+    @contextmanager
+    def watching(self, denoiser: nn.Module, progress: bool) -> Iterator[None]:
+        """All hooks on; all off again, whatever happens."""
+        with ExitStack() as stack:
+            bar = stack.enter_context(tqdm(desc="Calibrating", unit="step", disable=not progress))
+            stack.callback(denoiser.register_forward_pre_hook(partial(self._step, bar), with_kwargs=True).remove)
+            for name, layer in self.layers.items():
+                stack.callback(layer.register_forward_pre_hook(partial(self._input, name), with_kwargs=True).remove)
+            yield
+
+    def _step(self, bar: tqdm, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the denoiser runs: which rows of its batch are at which timestep."""
+        timestep, _ = read_timestep(denoiser, args, kwargs)
+        values = torch.as_tensor(timestep).detach().double().flatten().cpu()
+        distinct = values.unique()
+        masks: list[Tensor | None] = [None] if len(distinct) == 1 else [values == value for value in distinct]
+        self.parts = []
+        for value, mask in zip(distinct.tolist(), masks):
+            key = self._timestep(value)  # may join bins, and so rename those already in `parts`
+            self.parts.append((key, mask))
+        bar.update()
+
+    def _timestep(self, value: float) -> float:
+        key, moved = self.bins.add(value)
+        if moved:
+            self._join(moved)
+        if key not in self.memories:
+            self.memories[key] = {}
+            if len(self.memories).bit_count() == 1:  # at powers of two: seldom, and at most twice the rows in the end
+                self._trim()
+        return key
+
+    def _join(self, moved: Mapping[float, float]) -> None:
+        joined: dict[float, dict[str, Memory]] = {}
+        for old, memories in self.memories.items():
+            into = joined.setdefault(moved[old], {})
+            for name, memory in memories.items():
+                into[name] = into[name].join(memory) if name in into else memory
+        self.memories = joined
+        self.parts = [(moved.get(key, key), mask) for key, mask in self.parts]
+        self._trim()
+
+    def _input(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a layer runs: look at its input, one timestep at a time."""
+        x = args[0] if args else kwargs["input"]
+        for key, mask in self.parts:
+            rows = x if mask is None else x[self._rows(name, mask, len(x)).to(x.device)]
+            memory = self._observe(name, layer, rows, key)
+            before = self.memories[key].get(name)
+            self.memories[key][name] = before.join(memory) if before else memory
+            self.memories[key][name].trim(self._rows_per_timestep())
+
+    def _rows(self, name: str, mask: Tensor, rows: int) -> Tensor:
+        if rows % len(mask):
+            raise ValueError(
+                f"calibration cannot tell the timesteps of layer {name!r} apart: {rows} rows of input for "
+                f"{len(mask)} timesteps; calibrate with one timestep a batch"
+            )
+        return mask.repeat_interleave(rows // len(mask))
+
+    def _observe(self, name: str, layer: nn.Module, x: Tensor, key: float) -> Memory:
+        needs = self.needs.get(name, ())
+        if HISTOGRAMS in needs and name not in self.scales:
+            self.scales[name] = LogScale.around(self._finite(name, x.abs().amax(), key).item())
+        memory = observe(
+            layer,
+            x,
+            self.scales.get(name),
+            self._rows_per_timestep() if SAMPLES in needs else 0,
+            self.generators[name],
+        )
+        self._finite(name, memory.absmax, key)
+        return memory
+
+    def _finite(self, name: str, values: Tensor, key: float) -> Tensor:
+        if not torch.isfinite(values).all():
+            raise ValueError(
+                f"calibration met NaN or infinite values in the input of layer {name!r} at timestep "
+                f"{self.bins.value(key):g}; check the model's weights, or run it in float32 or bfloat16"
+            )
+        return values
+
+    def _rows_per_timestep(self) -> int:
+        return -(-SAMPLE_ROWS // max(1, len(self.memories)))
+
+    def _trim(self) -> None:
+        for memories in self.memories.values():
+            for memory in memories.values():
+                memory.trim(self._rows_per_timestep())
+
+    def statistics(self) -> Statistics:
+        """Tables over the timesteps, ascending."""
+        self._trim()
+        keys = sorted(self.memories, key=self.bins.value)
+        timesteps = torch.tensor([self.bins.value(key) for key in keys], dtype=torch.float32)
+        ran = {name for memories in self.memories.values() for name in memories}
+        layers = {name: self._layer(name, keys, timesteps) for name in self.layers if name in ran}
+        return Statistics(tuple(timesteps.tolist()), layers)
+
+    def _layer(self, name: str, keys: list[float], timesteps: Tensor) -> LayerStatistics:
+        """One layer's table; a timestep at which it did not run takes its nearest neighbour's row."""
+        seen = [index for index, key in enumerate(keys) if name in self.memories[key]]
+        memories = [self.memories[keys[index]][name] for index in seen]
+        nearest = (torch.arange(len(keys))[:, None] - torch.tensor(seen)).abs().argmin(1)
+        absmax = torch.stack([memory.absmax for memory in memories])
+        take = nearest.to(absmax.device)
+        counts = [memory.counts for memory in memories if memory.counts is not None]
+        rows = [memory.rows for memory in memories if memory.rows is not None]
+        of_row = [torch.full((len(part),), index) for index, part in zip(seen, rows)]
+        return LayerStatistics(
+            timesteps=timesteps.to(absmax.device),
+            channel_absmax=absmax[take],
+            histograms=ChannelHistograms(self.scales[name], torch.stack(counts)[take]) if counts else None,
+            samples=Samples(torch.cat(rows), torch.cat(of_row).to(absmax.device)) if rows else None,
+        )

@@ -1,0 +1,62 @@
+"""One layer from float to integers: transforms, then rounding, then the activation range."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.calibration import LayerStatistics, Statistics
+from qdiff.layers import QuantizedWeights
+from qdiff.methods.registry import methods_of
+from qdiff.methods.state import LayerState
+from qdiff.numerics.gemm_layout import to_gemm
+from qdiff.recipe import LayerPlan
+
+
+@torch.no_grad()
+def quantize_layer(
+    plan: LayerPlan, layer: nn.Module, statistics: Statistics | LayerStatistics | None = None
+) -> QuantizedWeights:
+    """The integer form of a linear, convolution or embedding layer, as its plan says; the layer is not changed.
+
+    layer: its weight is [N, K], [N, C, kh, kw] or (embedding) [rows, width], of any float dtype.
+    Raises `ValueError` for a plan that does not fit the layer, or that needs statistics which are not there.
+    """
+    if isinstance(statistics, Statistics):
+        statistics = statistics.layers.get(plan.name)
+    state = prepare(plan, layer, statistics)
+    transforms, _, _ = methods_of(plan)
+    for transform in transforms:
+        transform.apply(state)
+    rounded = state.rounding.round(state)
+    return QuantizedWeights(
+        codes_q=rounded.codes,
+        multipliers=rounded.multipliers,
+        scale=rounded.scale,
+        smooth=state.smooth,
+        low_rank=state.low_rank,
+        act_scales=None if state.range is None else state.range.scales(state),
+    )
+
+
+def prepare(plan: LayerPlan, layer: nn.Module, statistics: LayerStatistics | None) -> LayerState:
+    """A fresh work sheet of a layer."""
+    _, rounding, range_ = methods_of(plan)
+    needed = {"static", "temporal"} & {plan.range_mode}
+    if needed and statistics is None:
+        raise ValueError(
+            f"{plan.name}: a {plan.range_mode} activation range needs calibration, and the layer did not run during it; "
+            "keep the layer, or give it a dynamic range"
+        )
+    weight = layer.weight
+    if not isinstance(weight, Tensor) or weight.ndim not in (2, 4) or weight.shape[1] != sum(plan.segments):
+        shape = tuple(getattr(weight, "shape", ()))
+        raise ValueError(f"{plan.name}: segments {list(plan.segments)} must add up to the weight's axis 1: got {shape}")
+    return LayerState(
+        plan=plan,
+        weight=to_gemm(weight.detach().float(), plan.segments),
+        taps=weight[0, 0].numel(),
+        rounding=rounding,
+        range=range_,
+        statistics=statistics,
+    )

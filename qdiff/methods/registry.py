@@ -1,0 +1,66 @@
+"""Names of methods: a file in this folder that registers a dataclass is a new method."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
+
+from qdiff.methods.contract import ActivationRange, Method, Rounding, Transform
+from qdiff.recipe import LayerPlan, MethodSpec, nearest_names
+
+M = TypeVar("M", bound=Method)
+R = TypeVar("R", bound=Method)
+REGISTRY: dict[str, type[Method]] = {}
+
+
+def register(name: str) -> Callable[[type[M]], type[M]]:
+    """Class decorator: the method `name` of a recipe is this dataclass. Raises `ValueError` for a name taken."""
+
+    def add(cls: type[M]) -> type[M]:
+        if name in REGISTRY:
+            raise ValueError(f"method name {name!r} is taken by {REGISTRY[name].__qualname__}; choose another")
+        REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def resolve(spec: MethodSpec, role: type[R] = Method) -> R:  # type: ignore[type-abstract, assignment]
+    """The method that a spec names, with its options.
+
+    Raises `ValueError` for a name that is not registered (with the nearest names), one of another role, an option that
+    the method does not have, and whatever the method says of an option's value.
+    """
+    fitting = [name for name, cls in REGISTRY.items() if issubclass(cls, role)]
+    if spec.name not in REGISTRY:
+        raise ValueError(f"unknown method {spec.name!r}: {nearest_names(spec.name, fitting)}")
+    cls = REGISTRY[spec.name]
+    if not issubclass(cls, role):
+        raise ValueError(f"method {spec.name!r} is no {role.__name__}: use one of {', '.join(sorted(fitting))}")
+    options = [field.name for field in dataclasses.fields(cls)]
+    for option in spec.options:
+        if option not in options:
+            known = nearest_names(option, options) if options else "it has none"
+            raise ValueError(f"unknown option {option!r} of method {spec.name!r}: {known}")
+    return cls(**spec.options)
+
+
+def range_mode(spec: MethodSpec) -> str:
+    """The mode of the activation range that a spec names: what `LayerPlan.range_mode` is to be."""
+    return resolve(spec, ActivationRange).mode  # type: ignore[type-abstract]
+
+
+def methods_of(plan: LayerPlan) -> tuple[list[Transform], Rounding, ActivationRange | None]:
+    """The methods of a plan, each in its role; the range is None where activations stay at 16 bits."""
+    transforms = [resolve(spec, Transform) for spec in plan.transforms]  # type: ignore[type-abstract]
+    rounding = resolve(plan.rounding, Rounding)  # type: ignore[type-abstract]
+    range_ = None if plan.range_mode == "none" else resolve(plan.range, ActivationRange)  # type: ignore[type-abstract]
+    return transforms, rounding, range_
+
+
+def needs_of(plan: LayerPlan) -> frozenset[str]:
+    """What calibration must collect for the layer of a plan."""
+    transforms, rounding, range_ = methods_of(plan)
+    methods: list[Method] = [*transforms, rounding, *([range_] if range_ else [])]
+    return frozenset().union(*(method.needs for method in methods))

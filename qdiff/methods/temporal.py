@@ -1,0 +1,43 @@
+"""An activation step for every stage of denoising: a table over the timestep's value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from qdiff.calibration.bounds import ESTIMATORS
+from qdiff.methods.contract import ActivationRange
+from qdiff.methods.registry import register
+from qdiff.methods.state import LayerState
+from qdiff.recipe import check_choice
+
+
+@register("temporal")
+@dataclass(frozen=True)
+class Temporal(ActivationRange):
+    """s(t) = bound(t) / 127, a bound a timestep and channel range, measured at the calibrated timesteps.
+
+    The table of TDQ (arXiv 2306.02316, section 3.2) without its network: there s(t) is learned, here it is measured; in
+    use it is interpolated at the running timestep's value. Channel ranges are those of split skip connections
+    (Q-Diffusion, arXiv 2302.04304, section 4.2).
+
+    estimator:   "minmax", "percentile" or "mse", as in `qdiff.calibration.bounds`.
+    percentile:  the fraction of magnitudes within the bound, for "percentile".
+    """
+
+    mode: ClassVar[str] = "temporal"
+    estimator: str = "mse"
+    percentile: float = 0.9999
+
+    def __post_init__(self) -> None:
+        check_choice("temporal.estimator", self.estimator, ESTIMATORS)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"absmax"} if self.estimator == "minmax" else {"absmax", "histograms"})
+
+    def scales(self, state: LayerState) -> Float[Tensor, "T S"]:
+        return state.measured_steps(self.estimator, self.percentile, per_timestep=True)
