@@ -71,7 +71,7 @@ def build_tiny_sd(folder: Path) -> StableDiffusionPipeline:
             intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=2,
-            max_position_embeddings=16,
+            max_position_embeddings=77,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -136,7 +136,12 @@ def tiny_vae() -> AutoencoderKL:
 def tiny_scheduler() -> DDIMScheduler:
     """Return the deterministic scheduler of Stable Diffusion."""
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
 
 
@@ -158,4 +163,4 @@ def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges))
     # Through files, because the constructor's arguments differ between transformers 4 and 5.
-    return CLIPTokenizer.from_pretrained(str(folder), model_max_length=16)
+    return CLIPTokenizer.from_pretrained(str(folder), model_max_length=77)

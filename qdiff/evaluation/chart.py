@@ -51,6 +51,13 @@ def nice_ticks(highest: float) -> list[float]:
     return [round(step * index, 12) for index in range(math.ceil(highest / step - 1e-9) + 1)]
 
 
+def step_ticks(count: int) -> list[int]:
+    """Return the steps of 1 ... count to label: the first, the last, and round ones well between."""
+    every = next((size for size in (1, 2, 5, 10, 20, 50, 100) if count <= 10 or count / size <= 6), count)
+    between = [step for step in range(every, count, every) if step > 1 and count - step > every / 2]
+    return sorted({1, *between, count})
+
+
 def _check_series(series: Mapping[str, Sequence[float]]) -> int:
     lengths = {len(values) for values in series.values()}
     if len(lengths) != 1 or 0 in lengths:
@@ -71,14 +78,11 @@ def _axes(ticks: Sequence[float], count: int, x, y) -> str:  # type: ignore[no-u
             f'stroke-opacity="{opacity}"/><text x="{LEFT - 10}" y="{height}" dy="0.32em" text-anchor="end" '
             f'fill-opacity="0.75">{tick:g}</text>'
         )
-    every = max(1, math.ceil(count / 10))
-    for index in range(count):
-        is_last = index == count - 1
-        if is_last or (index % every == 0 and count - 1 - index >= every):
-            parts.append(
-                f'<text x="{x(index):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle" '
-                f'fill-opacity="0.75">{index + 1}</text>'
-            )
+    for step in step_ticks(count):
+        parts.append(
+            f'<text x="{x(step - 1):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle" '
+            f'fill-opacity="0.75">{step}</text>'
+        )
     return "".join(parts)
 
 

@@ -120,7 +120,8 @@ def _picture_row(grid: PictureGrid, row: int) -> str:
 
 
 def _check_grid(grid: PictureGrid) -> None:
-    lengths = {name: len(column) for name, column in (*grid.columns.items(), *grid.notes.items())}
+    lengths = {name: len(column) for name, column in grid.columns.items()}
+    lengths |= {f"notes of {name}": len(notes) for name, notes in grid.notes.items()}
     if not grid.columns or set(lengths.values()) != {len(grid.captions)}:
         raise ValueError(
             f"every column and its notes must have {len(grid.captions)} rows, one a caption: got {lengths}"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qdiff.evaluation.chart import line_chart, nice_ticks
+from qdiff.evaluation.chart import line_chart, nice_ticks, step_ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -28,6 +28,14 @@ def test_ticks_reach_the_highest_value_in_a_few_round_steps(highest):
     assert 3 <= len(ticks) <= 8
     leading = ticks[1] / 10 ** math.floor(math.log10(ticks[1]) + 1e-9)
     assert round(leading, 6) in (1, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("count", "ticks"),
+    [(1, [1]), (4, [1, 2, 3, 4]), (20, [1, 5, 10, 15, 20]), (50, [1, 10, 20, 30, 40, 50]), (22, [1, 5, 10, 15, 22])],
+)
+def test_steps_are_labelled_at_round_numbers_and_both_ends(count, ticks):
+    assert step_ticks(count) == ticks
 
 
 def test_each_series_is_a_line_with_a_point_a_step_and_its_name():
