@@ -1,0 +1,9 @@
+"""Quantized layers: drop-in `nn.Linear`, `nn.Conv2d` and `nn.Embedding` whose state is plain buffers."""
+
+from qdiff.layers.quant_conv2d import QuantConv2d
+from qdiff.layers.quant_embedding import QuantEmbedding
+from qdiff.layers.quant_linear import QuantLinear
+from qdiff.layers.quantized_weights import QuantizedWeights
+from qdiff.layers.weight_buffers import stored_bytes
+
+__all__ = ["QuantConv2d", "QuantEmbedding", "QuantLinear", "QuantizedWeights", "stored_bytes"]

@@ -1,0 +1,103 @@
+"""A convolution with quantized weights and, by its plan, quantized activations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.layers.quantized_weights import QuantizedWeights
+from qdiff.layers.weight_buffers import WeightBuffers
+from qdiff.numerics.gemm_layout import channels_to_gemm, from_gemm
+from qdiff.ops import quantize_per_sample, w4a8_conv2d, w4a16_conv2d, w8a8_conv2d
+from qdiff.ops.w4a16_linear import float_weight
+
+if TYPE_CHECKING:
+    from qdiff.recipe import LayerPlan
+
+
+class QuantConv2d(WeightBuffers, nn.Conv2d):
+    """`nn.Conv2d` on quantized numbers, with one activation scale a sample and channel segment.
+
+    The output has the input's dtype and channels-last order. Its buffers are listed in `WeightBuffers`.
+    """
+
+    def __init__(self, layer: nn.Conv2d, plan: LayerPlan, *, has_smooth: bool = False, scale_rows: int = 1) -> None:
+        nn.Module.__init__(self)  # not nn.Conv2d's: it would make float parameters
+        _check(layer, plan)
+        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+            setattr(self, name, getattr(layer, name))
+        for name in ("transposed", "output_padding", "padding_mode", "_reversed_padding_repeated_twice"):
+            setattr(self, name, getattr(layer, name))
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        self._register(layer.out_channels, layer.in_channels * taps, plan, layer, 0, has_smooth, scale_rows)
+
+    @classmethod
+    def empty(
+        cls, layer: nn.Conv2d, plan: LayerPlan, rank: int = 0, has_smooth: bool = False, scale_rows: int = 1
+    ) -> QuantConv2d:
+        """Every buffer at its final shape and dtype, on the float layer's device (meta too), to load a `state_dict` into.
+
+        Args:
+            layer: the float layer, for its sizes, bias, dtype and device.
+            plan: what is decided about it.
+            rank: 0; convolutions have no low-rank branch.
+            has_smooth: whether there is a smoothing vector.
+            scale_rows: T, rows of the activation scale table (1 when static; not looked at when there is none).
+        """
+        if rank:
+            raise ValueError(f"{plan.name}: rank={rank}, expected 0: convolutions have no low-rank branch")
+        return cls(layer, plan, has_smooth=has_smooth, scale_rows=scale_rows)
+
+    @classmethod
+    @torch.no_grad()
+    def from_float(cls, layer: nn.Conv2d, plan: LayerPlan, weights: QuantizedWeights) -> QuantConv2d:
+        """The layer with these numbers; the float layer is not changed."""
+        if weights.low_rank is not None:
+            raise ValueError(
+                f"{plan.name}: weights.low_rank is given, expected None: convolutions have no low-rank branch"
+            )
+        scale_rows = 1 if weights.act_scales is None else weights.act_scales.shape[0]
+        quantized = cls(layer, plan, has_smooth=weights.smooth is not None, scale_rows=scale_rows)
+        quantized._fill(weights, layer.bias)
+        return quantized.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:  # nn.Conv2d takes one image without a batch
+            return self.forward(x[None])[0]
+        plan = self.plan
+        geometry = (self.kernel_size, self.stride, self.padding, plan.segments)
+        if plan.range_mode == "none":
+            weight = (self.smooth, self.codes, self.multipliers, self.scale, plan.group_size)
+            return w4a16_conv2d(x, *weight, self.bias, *geometry)
+        scale = self._input_scales(x.shape[0])
+        codes = quantize_per_sample(x, scale, self.smooth, plan.segments, 1)
+        if self.multipliers is None:
+            return w8a8_conv2d(codes, scale, self.codes, self.scale, self.bias, *geometry, x.dtype)
+        packed = (self.codes, self.multipliers, self.scale, plan.group_size)
+        return w4a8_conv2d(codes, scale, *packed, self.bias, *geometry, x.dtype)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The float weight [N, C, kh, kw] that this layer applies to its raw input, made anew on each access."""
+        plan, kernel = self.plan, (self.kernel_size[0], self.kernel_size[1])
+        smooth = None if self.smooth is None else channels_to_gemm(self.smooth, plan.segments, kernel[0] * kernel[1])
+        matrix = float_weight(smooth, self.codes, self.multipliers, self.scale, plan.group_size, None, None)
+        return from_gemm(matrix, plan.segments, kernel).to(self.compute_dtype)
+
+    def extra_repr(self) -> str:
+        return nn.Conv2d.extra_repr(self) + self._describe()
+
+
+def _check(layer: nn.Conv2d, plan: LayerPlan) -> None:
+    plain = layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
+    if not plain or isinstance(layer.padding, str) or layer.transposed:
+        raise ValueError(
+            f"{plan.name}: got groups={layer.groups}, dilation={layer.dilation}, padding={layer.padding!r} "
+            f"({layer.padding_mode}), expected groups 1, dilation 1 and zero padding given in numbers; keep this layer"
+        )
+    if sum(plan.segments) != layer.in_channels:
+        raise ValueError(f"{plan.name}: segments {plan.segments}, expected a sum of {layer.in_channels} input channels")
+    if plan.range_mode == "dynamic":
+        raise ValueError(f"{plan.name}: range_mode 'dynamic' is for linear layers; use 'static', 'temporal' or 'none'")

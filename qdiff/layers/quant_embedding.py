@@ -1,0 +1,84 @@
+"""An embedding table with quantized rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.layers.quantized_weights import QuantizedWeights
+from qdiff.layers.weight_buffers import WeightBuffers
+from qdiff.ops.w4a16_linear import float_weight
+
+if TYPE_CHECKING:
+    from qdiff.recipe import LayerPlan
+
+
+class QuantEmbedding(WeightBuffers, nn.Embedding):
+    """`nn.Embedding` with quantized rows; only the rows that are looked up are unpacked.
+
+    The output has the dtype of the float table. Its buffers are listed in `WeightBuffers`: here N are the embeddings, K their width.
+    """
+
+    def __init__(self, layer: nn.Embedding, plan: LayerPlan) -> None:
+        nn.Module.__init__(self)  # not nn.Embedding's: it would make a float table
+        if layer.max_norm is not None or plan.segments != (layer.embedding_dim,) or plan.range_mode != "none":
+            raise ValueError(
+                f"{plan.name}: got max_norm={layer.max_norm}, segments={plan.segments}, range_mode={plan.range_mode!r}, expected "
+                f"None, ({layer.embedding_dim},) and 'none'; keep this layer"
+            )
+        for name in (
+            "num_embeddings",
+            "embedding_dim",
+            "padding_idx",
+            "max_norm",
+            "norm_type",
+            "scale_grad_by_freq",
+            "sparse",
+        ):
+            setattr(self, name, getattr(layer, name))
+        self._register(layer.num_embeddings, layer.embedding_dim, plan, layer, 0, False, 1)
+
+    @classmethod
+    def empty(
+        cls, layer: nn.Embedding, plan: LayerPlan, rank: int = 0, has_smooth: bool = False, scale_rows: int = 1
+    ) -> QuantEmbedding:
+        """Every buffer at its final shape and dtype, on the float table's device (meta too), to load a `state_dict` into.
+
+        Args:
+            layer: the float table, for its sizes, dtype and device.
+            plan: what is decided about it.
+            rank, has_smooth: 0 and False: a table has neither.
+            scale_rows: not looked at: a table has no activations.
+        """
+        if rank or has_smooth:
+            raise ValueError(f"{plan.name}: rank={rank}, has_smooth={has_smooth}, expected neither for an embedding")
+        return cls(layer, plan)
+
+    @classmethod
+    @torch.no_grad()
+    def from_float(cls, layer: nn.Embedding, plan: LayerPlan, weights: QuantizedWeights) -> QuantEmbedding:
+        """The table with these numbers; the float table is not changed."""
+        if weights.low_rank is not None:
+            raise ValueError(f"{plan.name}: weights.low_rank is given, expected None for an embedding")
+        quantized = cls(layer, plan)
+        quantized._fill(weights, None)
+        return quantized.train(layer.training)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        chosen = ids.flatten()
+        return self._rows(chosen).view(*ids.shape, self.embedding_dim)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The float table [num_embeddings, embedding_dim], made anew on each access."""
+        return self._rows(slice(None))
+
+    def _rows(self, chosen: Tensor | slice) -> Tensor:
+        multipliers = None if self.multipliers is None else self.multipliers[chosen]
+        rows = float_weight(None, self.codes[chosen], multipliers, self.scale[chosen], self.plan.group_size, None, None)
+        return rows.to(self.compute_dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}" + self._describe()

@@ -1,0 +1,137 @@
+"""What the quantized layers share: their buffers, filling them, and keeping their dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.denoising import StepTracker
+from qdiff.layers.quantized_weights import QuantizedWeights
+from qdiff.numerics.packing import pack_int4, pack_multipliers
+
+if TYPE_CHECKING:
+    from qdiff.recipe import LayerPlan
+
+
+class WeightBuffers(nn.Module):
+    """Mixin before a torch layer class: quantized weights as buffers, in place of the parameters `weight` and `bias`.
+
+    Buffers, all in the `state_dict`; K in the order of `qdiff.numerics.gemm_layout`:
+        codes: uint8 [N, K/2] (4 bits) or int8 [N, K] (8 bits);  multipliers: uint8 [N, ceil(G/2)] or None;  scale: float32 [N];
+        bias: [N] in the compute dtype, or None;  smooth: float32 [C] or None;
+        down, up: float16 [r, K] and [N, r], or None;  act_scales: float32 [T, S] or None.
+
+    Only the bias follows `.half()`, `.to(dtype)` and the like; the others are numbers of fixed precision and only move.
+
+    Attributes:
+        plan: what was decided about the layer.
+        tracker: gives temporal scales their timestep; shared by all layers of a denoiser; set by whoever installs the layer.
+        compute_dtype: of `weight`, and of the float layer this one stands for.
+    """
+
+    plan: LayerPlan
+    tracker: StepTracker | None
+    compute_dtype: torch.dtype
+    codes: Tensor
+    multipliers: Tensor | None
+    scale: Tensor
+    bias: Any  # a buffer here, a parameter in the base class
+    smooth: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+    act_scales: Tensor | None
+
+    def _register(
+        self, rows: int, k: int, plan: LayerPlan, like: nn.Module, rank: int, has_smooth: bool, scale_rows: int
+    ) -> None:
+        """Register every buffer that the plan and the other arguments call for, uninitialized."""
+        float_weight, float_bias = like.weight, getattr(like, "bias", None)
+        assert isinstance(float_weight, Tensor)
+        device = float_weight.device
+        self.plan, self.tracker, self.compute_dtype = plan, None, float_weight.dtype
+
+        def register(name: str, shape: tuple[int, ...] | None, dtype: torch.dtype) -> None:
+            self.register_buffer(name, None if shape is None else torch.empty(shape, dtype=dtype, device=device))
+
+        four_bit = plan.weight_bits == 4
+        groups = k // plan.group_size if four_bit else 0
+        register("codes", (rows, k // 2 if four_bit else k), torch.uint8 if four_bit else torch.int8)
+        register("multipliers", (rows, (groups + 1) // 2) if four_bit else None, torch.uint8)
+        register("scale", (rows,), torch.float32)
+        register("bias", None if float_bias is None else (rows,), self.compute_dtype)
+        register("smooth", (sum(plan.segments),) if has_smooth else None, torch.float32)
+        register("down", (rank, k) if rank else None, torch.float16)
+        register("up", (rows, rank) if rank else None, torch.float16)
+        scaled = plan.range_mode in ("static", "temporal")
+        register("act_scales", (scale_rows, len(plan.segments)) if scaled else None, torch.float32)
+
+    def _fill(self, weights: QuantizedWeights, bias: Tensor | None) -> None:
+        """Copy the numbers in, packing 4-bit ones."""
+        values: dict[str, Tensor | None] = {
+            "codes": weights.codes_q,
+            "scale": weights.scale,
+            "smooth": weights.smooth,
+            "act_scales": weights.act_scales,
+            "bias": bias,
+        }
+        if self.plan.weight_bits == 4:
+            multipliers = weights.multipliers
+            if multipliers is None:
+                raise ValueError(
+                    f"{self.plan.name}: weights.multipliers is None, expected uint8 [N, G] for 4-bit weights"
+                )
+            groups = weights.codes_q.shape[1] // self.plan.group_size
+            values["codes"] = pack_int4(weights.codes_q, self.plan.group_size)
+            values["multipliers"] = pack_multipliers(
+                multipliers.expand(-1, groups) if multipliers.shape[1] == 1 else multipliers
+            )
+        if weights.low_rank is not None:
+            values["down"], values["up"] = weights.low_rank
+        for name, value in values.items():
+            self._fill_buffer(name, value)
+
+    def _fill_buffer(self, name: str, value: Tensor | None) -> None:
+        buffer = getattr(self, name)
+        if (value is None) != (buffer is None) or (value is not None and value.shape != buffer.shape):
+            got, expected = (None if tensor is None else tuple(tensor.shape) for tensor in (value, buffer))
+            raise ValueError(f"{self.plan.name}: {name} has shape {got}, expected {expected} for this plan")
+        if value is not None:
+            buffer.copy_(value)
+
+    def _input_scales(self, batch: int) -> Tensor:
+        """Activation scales float32 [R, S] for an input of `batch` samples, R dividing it."""
+        table = self.act_scales
+        assert table is not None, "only static and temporal layers ask for given scales"
+        if self.plan.range_mode == "static":
+            return table
+        if self.tracker is None:
+            raise RuntimeError(
+                f"{self.plan.name}: temporal activation scales need the timestep: set `layer.tracker` to the denoiser's StepTracker"
+            )
+        return self.tracker.resample(table, batch)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightBuffers:
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if tensor is bias or moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        bias = self.bias
+        # What a conversion would do to the float layer's weight, which is not there to tell.
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.codes.device)).dtype
+        return super()._apply(move, recurse)
+
+    def _describe(self) -> str:
+        plan = self.plan
+        weight = f"weight=int{plan.weight_bits}" + (f"/{plan.group_size}" if plan.weight_bits == 4 else "")
+        activation = "float" if plan.range_mode == "none" else f"int{plan.activation_bits}/{plan.range_mode}"
+        branch = "" if self.down is None else f", rank={self.down.shape[0]}"
+        return f", {weight}, activation={activation}{branch}"
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes of every parameter and buffer of the module and its children, each stored tensor once."""
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

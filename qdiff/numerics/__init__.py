@@ -1,0 +1,1 @@
+"""Pure functions on tensors: grids, bit layouts, ranges and exact integer products."""

@@ -1,0 +1,97 @@
+"""Bit layouts of 4-bit weights.
+
+Codes: one byte holds two weights of one group, the halves of the group side by side, so unpacking writes two contiguous runs and
+interleaves nothing. A group of g = 8 weights q0..q7, stored as u = q + 8 in [0, 15]:
+
+    byte      0         1         2         3
+    bits   7654 3210 7654 3210 7654 3210 7654 3210
+            u4   u0   u5   u1   u6   u2   u7   u3
+
+Multipliers: 4-bit m in [1, 15], two groups a byte, even group in the low bits; an odd number of groups is padded with m = 1:
+
+    byte      0         1         2           (G = 5)
+            m1   m0   m3   m2    1   m4
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def storage_group_size(group_size: int, segments: Sequence[int]) -> int:
+    """The group size that codes are packed with: `group_size`, or for -1 (one group a segment and tap) the segments' gcd.
+
+    Raises:
+        ValueError: it is odd, not positive, or does not divide every segment.
+    """
+    size = math.gcd(*segments) if group_size == -1 else group_size
+    if size <= 0 or size % 2 or any(channels % size for channels in segments):
+        raise ValueError(
+            f"group_size: got {group_size} for channel segments {tuple(segments)}, expected an even divisor of each; "
+            "use another group size, or 8-bit weights"
+        )
+    return size
+
+
+def pack_int4(q: Tensor, group_size: int) -> Tensor:
+    """Codes int8 [N, K] in [-8, 7] to packed uint8 [N, K/2]. It should be the case that `unpack_int4(pack_int4(q, g), g) == q`."""
+    groups = _grouped(q, group_size)
+    if q.dtype != torch.int8 or (q.numel() and (int(q.min()) < -8 or int(q.max()) > 7)):
+        raise ValueError(f"q: got {q.dtype} values outside int8 [-8, 7]; round and clamp before packing")
+    u = (groups + 8).to(torch.uint8)
+    low, high = u.split(group_size // 2, dim=-1)
+    return (low | (high << 4)).reshape(q.shape[0], -1)
+
+
+def unpack_int4(packed: Tensor, group_size: int) -> Tensor:
+    """Packed uint8 [N, K/2] to codes int8 [N, K] in [-8, 7]."""
+    return _unpacked_nibbles(packed, group_size).sub_(8).view(packed.shape[0], -1)
+
+
+def pack_multipliers(multipliers: Tensor) -> Tensor:
+    """Multipliers uint8 [N, G] in [1, 15] to packed uint8 [N, ceil(G/2)]."""
+    if multipliers.dtype != torch.uint8 or (
+        multipliers.numel() and not 1 <= int(multipliers.min()) <= int(multipliers.max()) <= 15
+    ):
+        raise ValueError(f"multipliers: got {multipliers.dtype} with values outside uint8 [1, 15]")
+    if multipliers.shape[1] % 2:
+        multipliers = torch.cat([multipliers, torch.ones_like(multipliers[:, :1])], dim=1)
+    return multipliers[:, 0::2] | (multipliers[:, 1::2] << 4)
+
+
+def unpack_multipliers(packed: Tensor, groups: int) -> Tensor:
+    """Packed uint8 [N, ceil(groups/2)] to multipliers uint8 [N, groups]."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).view(packed.shape[0], -1)[:, :groups]
+
+
+def expand_int4(packed: Tensor, packed_multipliers: Tensor, group_size: int) -> Tensor:
+    """The integer weights m * q of the two-level format: int8 [N, K], |m * q| <= 120.
+
+    Args:
+        packed: uint8 [N, K/2] from `pack_int4`.
+        packed_multipliers: uint8 [N, ceil(K / group_size / 2)] from `pack_multipliers`.
+        group_size: even, divides K.
+    """
+    q = _unpacked_nibbles(packed, group_size).sub_(8)
+    m = unpack_multipliers(packed_multipliers, q.shape[1]).view(torch.int8)
+    return q.mul_(m[:, :, None]).view(packed.shape[0], -1)
+
+
+def _unpacked_nibbles(packed: Tensor, group_size: int) -> Tensor:
+    halves = _grouped(packed, group_size // 2)
+    u = torch.empty(*halves.shape[:2], group_size, dtype=torch.uint8, device=packed.device)
+    torch.bitwise_and(halves, 15, out=u[:, :, : group_size // 2])
+    torch.bitwise_right_shift(halves, 4, out=u[:, :, group_size // 2 :])
+    return u.view(torch.int8)
+
+
+def _grouped(rows: Tensor, size: int) -> Tensor:
+    if rows.dim() != 2 or size <= 0 or rows.shape[1] % size:
+        raise ValueError(
+            f"group_size: rows of shape {tuple(rows.shape)} cannot be cut into groups of {size}; use an even divisor"
+        )
+    return rows.unflatten(1, (rows.shape[1] // size, size))

@@ -1,0 +1,23 @@
+"""The operators: one file each, with schema, CPU reference and fake implementation. The reference defines the result."""
+
+from qdiff.ops.low_rank_down import low_rank_down
+from qdiff.ops.quantize_per_sample import quantize_per_sample
+from qdiff.ops.quantize_per_token import quantize_per_token
+from qdiff.ops.w4a8_conv2d import w4a8_conv2d
+from qdiff.ops.w4a8_linear import w4a8_linear
+from qdiff.ops.w4a16_conv2d import w4a16_conv2d
+from qdiff.ops.w4a16_linear import w4a16_linear
+from qdiff.ops.w8a8_conv2d import w8a8_conv2d
+from qdiff.ops.w8a8_linear import w8a8_linear
+
+__all__ = [
+    "low_rank_down",
+    "quantize_per_sample",
+    "quantize_per_token",
+    "w4a8_conv2d",
+    "w4a8_linear",
+    "w4a16_conv2d",
+    "w4a16_linear",
+    "w8a8_conv2d",
+    "w8a8_linear",
+]

@@ -1,0 +1,103 @@
+"""Linear layer of floating-point activations and quantized weights."""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qdiff.numerics.packing import expand_int4
+from qdiff.ops.checks import FLOATS, check_bias_and_dtype, check_int4_weight, check_int8_weight, check_tensor
+
+
+@torch.library.custom_op("qdiff::w4a16_linear", mutates_args=())
+def w4a16_linear(
+    x: Tensor,
+    smooth: Optional[Tensor],
+    codes: Tensor,
+    multipliers: Optional[Tensor],
+    scale: Tensor,
+    group_size: int,
+    bias: Optional[Tensor],
+    down: Optional[Tensor],
+    up: Optional[Tensor],
+) -> Tensor:
+    """y = x @ W.T + bias with W = ((m * q) * scale + up @ down) * smooth
+
+    W is made in float32 and cast to x's dtype once; the product is the platform's own in that dtype.
+
+    Args:
+        x: float32, float16 or bfloat16 [..., K].
+        smooth: float32 [K], the reciprocal smoothing vector, or None for ones.
+        codes, multipliers: 4-bit as `w4a8_linear` takes them, or int8 [N, K] and None.
+        scale: float32 [N].
+        group_size: of 4-bit codes; not looked at for 8-bit codes.
+        bias: float [N] or None.
+        down, up: float [r, K] and [N, r], the low-rank branch, or both None.
+
+    Returns:
+        [..., N] in x's dtype.
+    """
+    if x.dtype not in FLOATS or x.dim() < 1:
+        raise ValueError(f"x: got {x.dtype} {tuple(x.shape)}, expected a float tensor [..., K]")
+    check_float_weight(smooth, codes, multipliers, scale, group_size, down, up, x.shape[-1], x.device)
+    check_bias_and_dtype(bias, codes.shape[0], x.dtype, x.device)
+    weight = float_weight(smooth, codes, multipliers, scale, group_size, down, up)
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def float_weight(
+    smooth: Optional[Tensor],
+    codes: Tensor,
+    multipliers: Optional[Tensor],
+    scale: Tensor,
+    group_size: int,
+    down: Optional[Tensor],
+    up: Optional[Tensor],
+) -> Tensor:
+    """The float32 matrix [N, K] that the quantized weights stand for, acting on the raw (not smoothed) input."""
+    integers = codes if multipliers is None else expand_int4(codes, multipliers, group_size)
+    weight = integers * scale[:, None]
+    if down is not None and up is not None:
+        weight.addmm_(up.float(), down.float())
+    return weight if smooth is None else weight.mul_(smooth)
+
+
+def check_float_weight(
+    smooth: Optional[Tensor],
+    codes: Tensor,
+    multipliers: Optional[Tensor],
+    scale: Tensor,
+    group_size: int,
+    down: Optional[Tensor],
+    up: Optional[Tensor],
+    k: int,
+    device: torch.device,
+) -> None:
+    """Raise a ValueError unless `float_weight` can make a matrix [N, k] of these."""
+    if multipliers is None:
+        check_int8_weight(codes, scale, k, device)
+    else:
+        check_int4_weight(codes, multipliers, scale, group_size, k, device)
+    if smooth is not None:
+        check_tensor("smooth", smooth, [torch.float32], [k], device)
+    if (down is None) != (up is None):
+        raise ValueError("down, up: got one of them, expected both or neither")
+    if down is not None and up is not None:
+        check_tensor("down", down, FLOATS, [None, k], device)
+        check_tensor("up", up, FLOATS, [codes.shape[0], down.shape[0]], device)
+
+
+@w4a16_linear.register_fake
+def _(
+    x: Tensor,
+    smooth: Optional[Tensor],
+    codes: Tensor,
+    multipliers: Optional[Tensor],
+    scale: Tensor,
+    group_size: int,
+    bias: Optional[Tensor],
+    down: Optional[Tensor],
+    up: Optional[Tensor],
+) -> Tensor:
+    return torch.empty(*x.shape[:-1], codes.shape[0], dtype=x.dtype, device=x.device)
