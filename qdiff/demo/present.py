@@ -119,7 +119,18 @@ def drift_chart(result: ModelResult) -> str:
     series = {name: (100 * variant.drift.mean(1)).tolist() for name, variant in result.variants.items()}
     return line_chart(
         series,
-        title=f"{result.name}: distance from the full-precision latents",
+        title=f"{result.name}: latents against full precision",
+        x_label="denoising step",
+        y_label="relative error, %",
+    )
+
+
+def error_chart(result: ModelResult) -> str:
+    """Return the SVG of the denoiser's own relative error at each step, on the full-precision inputs, in percent."""
+    series = {name: [100 * error for error in variant.error.steps] for name, variant in result.variants.items()}
+    return line_chart(
+        series,
+        title=f"{result.name}: the denoiser's own error on the same inputs",
         x_label="denoising step",
         y_label="relative error, %",
     )
@@ -169,6 +180,6 @@ def page_section(result: ModelResult) -> Section:
             (f"{result.full.seconds / best.run.seconds:.2f}x", "the speed of float32 on this CPU"),
         ],
         table=Table(COLUMNS, table_rows(result), strong=1 + list(result.variants).index(DEFAULT)),
-        chart=drift_chart(result),
+        charts=[drift_chart(result), error_chart(result)],
         pictures=PictureGrid(result.captions, columns, notes),
     )

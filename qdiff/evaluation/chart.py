@@ -9,8 +9,8 @@ from html import escape
 
 # Okabe and Ito (2008): told apart with every common kind of colour vision.
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-WIDTH, HEIGHT = 720, 340
-LEFT, RIGHT, TOP, BOTTOM = 68, 150, 44, 52
+WIDTH, HEIGHT = 600, 320
+LEFT, RIGHT, TOP, BOTTOM = 62, 110, 44, 52
 
 
 def line_chart(series: Mapping[str, Sequence[float]], *, title: str, x_label: str, y_label: str) -> str:

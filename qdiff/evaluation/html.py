@@ -37,18 +37,18 @@ class PictureGrid:
 
 @dataclass(frozen=True)
 class Section:
-    """One model's part of the page. `figures` are (number, what it says) pairs, shown large; `chart` is an SVG."""
+    """One model's part of the page. `figures` are (number, what it says) pairs, shown large; `charts` are SVGs."""
 
     title: str
     lead: str
     figures: Sequence[tuple[str, str]]
     table: Table
-    chart: str
+    charts: Sequence[str]
     pictures: PictureGrid
 
 
 def render_page(title: str, lead: str, sections: Sequence[Section], footer: Sequence[str]) -> str:
-    """Return the page. Every text is escaped; only `Section.chart` is put in as it is.
+    """Return the page. Every text is escaped; only `Section.charts` are put in as they are.
 
     footer: paragraphs that say how the figures were measured.
 
@@ -81,7 +81,7 @@ def _section(section: Section) -> str:
     )
     return (
         f"<section><h2>{escape(section.title)}</h2><p>{escape(section.lead)}</p><dl>{figures}</dl>"
-        f'<div class="wide">{_table(section.table)}</div><figure class="chart">{section.chart}</figure>'
+        f'<div class="wide">{_table(section.table)}</div><div class="charts">{"".join(section.charts)}</div>'
         f"{_pictures(section.pictures)}</section>"
     )
 

@@ -31,7 +31,7 @@ def grid(**changes):
 
 def page(**changes):
     table = Table(["recipe", "bytes"], [["full", "10"], ["w4a8", "3"]], strong=1)
-    section = Section("A model", "What it is.", [("0.30", "of the bytes")], table, "<svg></svg>", grid(**changes))
+    section = Section("A model", "What it is.", [("0.30", "of the bytes")], table, ["<svg></svg>"], grid(**changes))
     return render_page("Title & all", "Lead.", [section], ["How."])
 
 
