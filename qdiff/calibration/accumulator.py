@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from qdiff.calibration.histogram import LogScale
 
-# Rows of a layer's input (over all timesteps) kept for output-error searches. Measured on a 12 M-parameter UNet:
-# the smoothing chosen from 256 rows loses under 0.1 % of output error against 1,024.
+# Rows of a layer's input (over all timesteps) kept for output-error searches.
 SAMPLE_ROWS = 256
 # Rows a call that go into the histograms: 20 timesteps then place a 99.9th percentile of 64 channels within a bin.
 HISTOGRAM_ROWS = 256

@@ -62,7 +62,9 @@ class Collector:
         self.scales: dict[str, LogScale] = {}
         # A generator a layer: what is sampled of one does not depend on which others are watched.
         self.generators = {
-            name: torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode())) for name in layers
+            # 32 bits, because the CPU's generator ignores the rest of a seed.
+            name: torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+            for name in layers
         }
         self.parts: list[tuple[float, Tensor | None]] = []
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-# Quarter octaves: a value is known to +-9 %, and the squared error of an int8 grid is flat near its optimum (1 % there).
+# Quarter octaves: a value is known to +-9 %; an int8 grid's squared error is flat near its optimum (see the tests).
 BINS_PER_OCTAVE = 4
 # Sixteen octaves below eight times the first call's largest value: four decades above what an int8 step can see.
 OCTAVES = 16
@@ -25,7 +25,7 @@ FINE_BINS_PER_OCTAVE = 16
 
 @dataclass(frozen=True)
 class LogScale:
-    """Where a layer's histogram lies: bin b holds |x| in [2^(low + b/4), 2^(low + (b+1)/4)); ends take what is beyond."""
+    """Where a layer's bins lie: b holds |x| in [2^(low + b/4), 2^(low + (b+1)/4)); the ends take what is beyond."""
 
     low: float
 
@@ -65,7 +65,7 @@ class TensorHistogram:
         return torch.minimum(self.values[enough.to(torch.int8).argmax(1)], self.absmax)
 
     def squared_error(self, bounds: Float[Tensor, "rows candidates"], levels: int) -> Float[Tensor, "rows candidates"]:
-        """Expected sum of squared errors of a grid of +-`levels` steps up to each bound: rounding inside, clipping outside.
+        """Expected sum of squared errors of a grid of +-`levels` steps up to each bound.
 
         Inside: step^2 / 12, or x^2 where that is less (x rounds to zero).  Outside: (|x| - bound)^2.
         """

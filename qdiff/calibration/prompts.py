@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Short captions of everyday things, in a few styles: broad enough to reach most text directions of a small or large model.
+# Short captions of everyday things, in a few styles: broad enough to reach most text directions.
 BUILTIN_PROMPTS = (
     "a red apple, noto style",
     "a cat sleeping on a chair, fluent style",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class RoundedWeight:
     """w ~ scale[n] * multipliers[n, k // g] * codes[n, k]; multipliers None: all one, and one byte a code.
 
-    codes: int8 [N, K], in [-8, 7] (4 bits) or [-127, 127].  multipliers: uint8 [N, K/g] in [1, 15].  scale: float32 [N].
+    codes: int8 [N, K] in [-8, 7] (4 bits) or [-127, 127].  multipliers: uint8 [N, K/g] in [1, 15].  scale: f32 [N].
     """
 
     codes: Int8[Tensor, "N K"]
@@ -40,7 +40,7 @@ class RoundedWeight:
 
 
 @dataclass(frozen=True)
-class Method(ABC):
+class Method(ABC):  # noqa: B024  # every role adds its own abstract method
     """What every role shares."""
 
     @property
@@ -51,13 +51,16 @@ class Method(ABC):
 
 @dataclass(frozen=True)
 class Transform(Method):
-    """Rewrites the float weight, with an exact inverse on the other side: law, before rounding the output is unchanged."""
+    """Rewrites the float weight, with an exact inverse on the other side.
+
+    Law: before rounding, the layer's output is what it was.
+    """
 
     @abstractmethod
     def apply(self, state: LayerState) -> None:
         """Change `state.weight` together with `state.smooth` or `state.low_rank`.
 
-        A transform that is told by its options to choose for itself must not make the output error on the samples worse.
+        A transform that chooses for itself must not make the output error on the samples worse.
         """
 
 

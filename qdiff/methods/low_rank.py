@@ -23,8 +23,8 @@ POWER_ITERATIONS = 3
 class LowRank(Transform):
     """y = Q(x_s) Q(R) + (x_s L1) L2 with W_s ~ L1 L2 + R: the branch takes the weight's largest singular directions.
 
-    SVDQuant (arXiv 2411.05007, equations 6 to 8): L1 L2 = SVD_r(W_s), then SVD_r(W_s - Q(R)) again and again, keeping the
-    best output error. The SVD is weighted by the inputs' root mean square, so that it minimizes the output's error
+    SVDQuant (arXiv 2411.05007, equations 6 to 8): L1 L2 = SVD_r(W_s), then SVD_r(W_s - Q(R)) again and again, keeping
+    the best output error. The SVD is weighted by the inputs' root mean square, so that it minimizes the output's error
     rather than the weight's (LQER, arXiv 2402.02446, equation 10). Linear layers only.
 
     rank:        of the branch; None: as large as `budget` allows.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from qdiff.methods.contract import RoundedWeight, Rounding
 from qdiff.methods.registry import register
 from qdiff.methods.state import LayerState
-from qdiff.numerics.two_level import TwoLevelWeight, fit_channel, fit_tensor, fit_two_level, round_two_level
+from qdiff.numerics.two_level import fit_channel, fit_tensor, fit_two_level, round_two_level
 
 
 @register("nearest")
@@ -15,9 +15,9 @@ from qdiff.numerics.two_level import TwoLevelWeight, fit_channel, fit_tensor, fi
 class Nearest(Rounding):
     """Every weight takes the nearest point of its group's grid; the grid's scale is searched.
 
-    q = clip(round(w / (s m)), -8, 7), with s m = argmin sum_k E[x_k^2] (w_k - s m q_k)^2 over clip ratios: a range search
-    on squared error, each input weighted by its mean square where samples of it exist (the diagonal of the Hessian
-    X X^T of OBQ, arXiv 2208.11580, equation 2).
+    q = clip(round(w / (s m)), -8, 7), with s m = argmin sum_k E[x_k^2] (w_k - s m q_k)^2 over clip ratios: a range
+    search on squared error, each input weighted by its mean square where samples of it exist (the diagonal of
+    the Hessian X X^T of OBQ, arXiv 2208.11580, equation 2).
 
     search: off takes min-max ranges, and no weighting.
     """
@@ -30,15 +30,10 @@ class Nearest(Rounding):
 
     def round(self, state: LayerState) -> RoundedWeight:
         plan, weight = state.plan, state.weight
+        importance = state.importance() if self.search else None
         if plan.weight_bits == 4 and plan.granularity == "group":
-            importance = state.importance() if self.search else None
             scale, multipliers = fit_two_level(weight, plan.group_size, importance, self.search)
-            codes = round_two_level(weight, scale, multipliers, plan.group_size)
-            return RoundedWeight(codes, multipliers, scale)
-        if plan.granularity == "tensor":
-            return _rounded(fit_tensor(weight, plan.weight_bits, self.search), plan.group_size)
-        return _rounded(fit_channel(weight, plan.weight_bits, self.search), plan.group_size)
-
-
-def _rounded(fitted: TwoLevelWeight, group_size: int) -> RoundedWeight:
-    return RoundedWeight(fitted.codes_q, None if group_size == -1 else fitted.multipliers, fitted.scale)
+            return RoundedWeight(round_two_level(weight, scale, multipliers, plan.group_size), multipliers, scale)
+        fit = fit_tensor if plan.granularity == "tensor" else fit_channel
+        codes, multipliers, scale = fit(weight, plan.weight_bits, self.search, importance)
+        return RoundedWeight(codes, multipliers if plan.weight_bits == 4 else None, scale)

@@ -45,7 +45,7 @@ def prepare(plan: LayerPlan, layer: nn.Module, statistics: LayerStatistics | Non
     needed = {"static", "temporal"} & {plan.range_mode}
     if needed and statistics is None:
         raise ValueError(
-            f"{plan.name}: a {plan.range_mode} activation range needs calibration, and the layer did not run during it; "
+            f"{plan.name}: a {plan.range_mode} activation range needs calibration, and the layer did not run in it; "
             "keep the layer, or give it a dynamic range"
         )
     weight = layer.weight

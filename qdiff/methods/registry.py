@@ -43,7 +43,12 @@ def resolve(spec: MethodSpec, role: type[R] = Method) -> R:  # type: ignore[type
         if option not in options:
             known = nearest_names(option, options) if options else "it has none"
             raise ValueError(f"unknown option {option!r} of method {spec.name!r}: {known}")
-    return cls(**spec.options)
+    try:
+        return cls(**spec.options)
+    except TypeError as error:  # a comparison of, say, a string with a number
+        raise ValueError(
+            f"method {spec.name!r} got an option of the wrong type: {dict(spec.options)}; {error}"
+        ) from error
 
 
 def range_mode(spec: MethodSpec) -> str:

@@ -13,7 +13,7 @@ from qdiff.methods.registry import register
 from qdiff.methods.state import LayerState
 
 SEARCH = "search"
-# Output rows that candidates are tried on. Rows are alike: measured, 96 choose within 0.5 % of the error that all choose.
+# Output rows that candidates are tried on: rows are alike.
 TRIAL_ROWS = 96
 # (statistic, a, b) of the candidates. "absmax" with b = 1 - a is SmoothQuant's line, "rms" with b = 0 is AWQ's.
 GRID = (

@@ -85,7 +85,7 @@ class LayerState:
         return rows.repeat_interleave(widths, 1)
 
     def measured_steps(self, estimator: str, percentile: float, per_timestep: bool) -> Float[Tensor, "rows S"]:
-        """bound / 127 of the smoothed input, [T, S] or [1, S]; a channel's errors count as the weight amplifies them."""
+        """bound / 127 of the smoothed input, [T, S] or [1, S]; errors count as the weight amplifies them."""
         if self.statistics is None:
             raise ValueError(f"{self.plan.name}: a measured activation range needs calibration statistics")
         gain = self.per_channel(self.weight.square().sum(0)).sum(1)

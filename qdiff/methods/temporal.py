@@ -8,11 +8,10 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from qdiff.calibration.bounds import ESTIMATORS
+from qdiff.calibration.bounds import check_estimator
 from qdiff.methods.contract import ActivationRange
 from qdiff.methods.registry import register
 from qdiff.methods.state import LayerState
-from qdiff.recipe import check_choice
 
 
 @register("temporal")
@@ -33,7 +32,7 @@ class Temporal(ActivationRange):
     percentile: float = 0.9999
 
     def __post_init__(self) -> None:
-        check_choice("temporal.estimator", self.estimator, ESTIMATORS)
+        check_estimator("temporal", self.estimator, self.percentile)
 
     @property
     def needs(self) -> frozenset[str]:
