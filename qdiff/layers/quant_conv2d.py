@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,10 @@ class QuantConv2d(WeightBuffers, nn.Conv2d):
 
     The output has the input's dtype and channels-last order. Its buffers are listed in `WeightBuffers`.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # peft makes the convolutions of a LoRA branch as type(base_layer)(in_channels, rank, ...): those are float ones.
+        return nn.Conv2d(*args, **kwargs) if args and isinstance(args[0], int) else super().__new__(cls)
 
     def __init__(self, layer: nn.Conv2d, plan: LayerPlan, *, has_smooth: bool = False, scale_rows: int = 1) -> None:
         nn.Module.__init__(self)  # not nn.Conv2d's: it would make float parameters
