@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from qdiff import __version__
 from qdiff.denoising import StepTracker
 from qdiff.plugin.directory import fingerprints, interrupted, verify, written_aside
-from qdiff.plugin.pipeline import LAYER_CLASSES
+from qdiff.plugin.pipeline import LAYER_CLASSES, QuantLayer
 from qdiff.plugin.structure import DENOISER_NAMES, QuantizationRecord, find_denoiser, install, quantization_of
 from qdiff.recipe import LayerPlan, Recipe
 
@@ -67,7 +67,7 @@ def save(pipe: DiffusionPipeline, directory: str | os.PathLike[str]) -> None:
                 takes_safe = "safe_serialization" in inspect.signature(part.save_pretrained).parameters
                 part.save_pretrained(str(aside / key), **({"safe_serialization": True} if takes_safe else {}))
             pipe.save_config(str(aside))
-            denoiser.save_config(str(aside / name))
+            denoiser.save_config(str(aside / name))  # type: ignore[operator]  # a ModelMixin
             save_file(_tensors(denoiser), aside / name / TENSORS)
             manifest = _manifest(pipe, name, denoiser, record) | {"files": fingerprints(aside)}
             (aside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -144,9 +144,10 @@ def _layer_entry(layer: nn.Module, plan: LayerPlan) -> dict[str, Any]:
     down, scales = getattr(layer, "down", None), getattr(layer, "act_scales", None)
     return {
         "plan": plan.to_dict(),
+        "dtype": str(layer.compute_dtype).removeprefix("torch."),
         "rank": 0 if down is None else down.shape[0],
         "has_smooth": getattr(layer, "smooth", None) is not None,
-        "scale_rows": 0 if scales is None else scales.shape[0],
+        "scale_rows": 1 if scales is None else scales.shape[0],
     }
 
 
@@ -239,15 +240,20 @@ def _load_denoiser(folder: Path, manifest: dict[str, Any], class_name: str) -> n
     with init_empty_weights(include_buffers=False):
         denoiser = model_class.from_config(model_class.load_config(str(part)))
     plans = {name: LayerPlan.from_dict(entry["plan"]) for name, entry in manifest["layers"].items()}
-    sizes = {name: {k: v for k, v in entry.items() if k != "plan"} for name, entry in manifest["layers"].items()}
     layers = {
-        name: LAYER_CLASSES[plan.kind].empty(denoiser.get_submodule(name), plan, **sizes[name])
-        for name, plan in plans.items()
+        name: _empty_layer(denoiser.get_submodule(name), plan, manifest["layers"][name]) for name, plan in plans.items()
     }
     recipe, tracker = Recipe.from_dict(manifest["recipe"]), StepTracker(tuple(manifest["timesteps"]))
     install(denoiser, layers, QuantizationRecord(recipe, plans, dict(manifest["kept"]), tracker))
     _assign(denoiser, load_file(part / TENSORS))
     return denoiser.eval()
+
+
+def _empty_layer(meta: nn.Module, plan: LayerPlan, entry: dict[str, Any]) -> QuantLayer:
+    sizes = {key: entry[key] for key in ("rank", "has_smooth", "scale_rows")}
+    layer = LAYER_CLASSES[plan.kind].empty(meta, plan, **sizes)  # type: ignore[arg-type]  # kind says which
+    layer.compute_dtype = _DTYPES[entry["dtype"]]
+    return layer
 
 
 def _assign(denoiser: nn.Module, tensors: dict[str, Tensor]) -> None:

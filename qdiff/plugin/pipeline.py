@@ -28,7 +28,8 @@ from qdiff.plugin.structure import (
 )
 from qdiff.recipe import LayerPlan, Recipe
 
-LAYER_CLASSES: dict[str, type[nn.Module]] = {"linear": QuantLinear, "conv2d": QuantConv2d, "embedding": QuantEmbedding}
+QuantLayer = QuantLinear | QuantConv2d | QuantEmbedding
+LAYER_CLASSES: dict[str, type[QuantLayer]] = {"linear": QuantLinear, "conv2d": QuantConv2d, "embedding": QuantEmbedding}
 
 
 def quantize_pipeline(
@@ -114,14 +115,16 @@ def _calibrate(
     progress: bool,
 ) -> Statistics:
     layers = {name: denoiser.get_submodule(name) for name, plan in plans.items() if plan.kind != "embedding"}
-    needs = set().union(*(needs_of(plan) for plan in plans.values()))
+    needs = {name: needs_of(plans[name]) for name in layers}
     with undisturbed(pipe):
-        return collect(lambda: run_pipeline(pipe, calibration), denoiser, layers, needs, progress)
+        return collect(
+            lambda: run_pipeline(pipe, calibration), denoiser, layers, needs, progress, seed=calibration.seed
+        )
 
 
-def _quantized(plan: LayerPlan, layer: nn.Module, statistics: Statistics) -> nn.Module:
-    replacement = LAYER_CLASSES[plan.kind].from_float(layer, plan, quantize_layer(plan, layer, statistics))
-    return replacement.train(layer.training)
+def _quantized(plan: LayerPlan, layer: nn.Module, statistics: Statistics) -> QuantLayer:
+    weights = quantize_layer(plan, layer, statistics)
+    return LAYER_CLASSES[plan.kind].from_float(layer, plan, weights)  # type: ignore[arg-type]  # kind says which
 
 
 @contextmanager

@@ -110,9 +110,9 @@ def check_quantizable(denoiser: nn.Module) -> None:
         raise ValueError("the pipeline is quantized already; load the full-precision pipeline to quantize it anew")
     if hasattr(denoiser, "_orig_mod"):
         raise ValueError("the denoiser is compiled; quantize the pipeline first, then call torch.compile")
-    if getattr(denoiser, "peft_config", None):
+    if adapters := getattr(denoiser, "peft_config", None):
         raise ValueError(
-            f"the denoiser carries LoRA adapters ({', '.join(denoiser.peft_config)}); call pipe.fuse_lora() and "
+            f"the denoiser carries LoRA adapters ({', '.join(adapters)}); call pipe.fuse_lora() and "
             "pipe.unload_lora_weights(), or unload them and load them again after quantizing"
         )
     for name, parameter in denoiser.named_parameters():

@@ -109,14 +109,20 @@ class Snapshot:
         }
 
     def _rest(self) -> dict[str, object]:
-        scheduler = {
-            key: value.tolist() if isinstance(value, Tensor) else repr(value)
-            for key, value in vars(self.pipe.scheduler).items()
-        }
-        own = {key: repr(value) for key, value in vars(self.pipe).items() if not isinstance(value, nn.Module)}
+        scheduler = {key: _plain(value) for key, value in vars(self.pipe.scheduler).items()}
+        own = {key: _plain(value) for key, value in vars(self.pipe).items() if key not in self.pipe.components}
         return {
             "scheduler": scheduler,
-            "pipe": {key: value for key, value in own.items() if key not in self.pipe.components},
+            "pipe": own,
             "denoiser": sorted(vars(find_denoiser(self.pipe)[1])),
             "random": torch.get_rng_state().tolist(),
         }
+
+
+def _plain(value: object) -> object:
+    """Something that can be compared. A config's own repr would add entries to it."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: repr(item) for key, item in value.items()}
+    return repr(value)

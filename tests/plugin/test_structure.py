@@ -91,7 +91,7 @@ def _unets():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("build", "inputs"), _unets())
+@pytest.mark.parametrize(("build", "inputs"), list(_unets()))
 def test_skip_segments_are_what_the_unet_concatenates(monkeypatch, build, inputs):
     unet = build().eval()
     segments = skip_segments(unet)
