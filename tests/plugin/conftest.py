@@ -120,9 +120,9 @@ class Snapshot:
 
 
 def _plain(value: object) -> object:
-    """Something that can be compared. A config's own repr would add entries to it."""
+    """Something that can be compared. diffusers adds private entries to a config when it is printed or saved."""
     if isinstance(value, Tensor):
         return value.tolist()
     if isinstance(value, dict):
-        return {key: repr(item) for key, item in value.items()}
+        return {key: repr(item) for key, item in value.items() if not str(key).startswith("_")}
     return repr(value)

@@ -100,7 +100,10 @@ def test_record_and_scheduler_come_back(quantized, tmp_path):
     record, other = (quantization_of(find_denoiser(p)[1]) for p in (pipe, again))
     assert (other.recipe, other.plans, other.kept) == (record.recipe, record.plans, record.kept)
     assert other.tracker.timesteps == record.tracker.timesteps
-    assert dict(again.scheduler.config) == dict(pipe.scheduler.config)
+    config, other_config = (
+        {key: value for key, value in p.scheduler.config.items() if not key.startswith("_")} for p in (pipe, again)
+    )
+    assert other_config == config
     assert str(qdiff.summary(again)) == str(qdiff.summary(pipe))
 
 
@@ -123,7 +126,7 @@ def test_fresh_process(saved, quantized_sd, tmp_path, generate):
     """Nothing but `import qdiff` and `qdiff.load`: no state of the saving process is needed."""
     program = (
         "import sys, torch, qdiff\n"
-        "assert 'torch' in sys.modules and 'diffusers' not in sys.modules, 'import qdiff is light'\n"
+        "assert 'diffusers' not in sys.modules, 'only load needs it'\n"
         "pipe = qdiff.load(sys.argv[1])\n"
         "pipe.set_progress_bar_config(disable=True)\n"
         "g = torch.Generator('cpu').manual_seed(0)\n"
