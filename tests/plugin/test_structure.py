@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from accelerate import init_empty_weights
+from diffusers import (
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from torch import nn
 
 from qdiff.plugin.structure import Kept, check_quantizable, find_denoiser, resolve, skip_segments
@@ -100,6 +108,44 @@ def test_skip_segments_are_what_the_unet_concatenates(monkeypatch, build, inputs
     assert len(conv1) > 2
     for name, pair in segments.items():
         assert unet.get_submodule(name).in_channels == sum(pair)
+
+
+SDXL = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+FAMILIES = {
+    # name: (model, configuration, layers kept, convolutions with a split input: two for each resnet of the up blocks)
+    "sd15": (UNet2DConditionModel, {"cross_attention_dim": 768}, {"conv_in", "conv_out"}, 24),
+    "sdxl": (UNet2DConditionModel, SDXL, {"conv_in", "conv_out"}, 18),
+    "dit": (DiTTransformer2DModel, {"num_layers": 2}, {"pos_embed.proj", "proj_out_1", "proj_out_2"}, 0),
+    "pixart": (
+        PixArtTransformer2DModel,
+        {"num_layers": 2, "caption_channels": 4096, "sample_size": 128},
+        {"pos_embed.proj", "proj_out"},
+        0,
+    ),
+    "sd3": (SD3Transformer2DModel, {"num_layers": 2}, {"pos_embed.proj", "proj_out"}, 0),
+    "flux": (FluxTransformer2DModel, {"num_layers": 1, "num_single_layers": 1}, {"x_embedder", "proj_out"}, 0),
+}
+
+
+@pytest.mark.parametrize(("model", "config", "kept", "split"), FAMILIES.values(), ids=FAMILIES)
+def test_default_recipe_fits_the_families_in_use(model, config, kept, split):
+    """At their real widths, on the meta device: no group size that does not divide, first and last layers kept."""
+    with init_empty_weights(include_buffers=False):
+        denoiser = model(**config)
+    resolved = resolve(W4A8, denoiser)
+    assert {name for name, plan in resolved.items() if isinstance(plan, Kept)} == kept
+    assert sum(len(plan.segments) > 1 for plan in resolved.values() if isinstance(plan, LayerPlan)) == split
 
 
 def test_no_skip_segments_in_a_transformer(tiny_dit):
