@@ -39,7 +39,15 @@ FORMAT_VERSION = 1
 MANIFEST = "qdiff.json"
 TENSORS = "qdiff.safetensors"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
-_FIELDS = ("denoiser", "recipe", "layers", "kept", "timesteps", "dtypes", "files")
+_FIELDS = {
+    "denoiser": str,
+    "recipe": dict,
+    "layers": dict,
+    "kept": dict,
+    "timesteps": list,
+    "dtypes": dict,
+    "files": dict,
+}
 
 
 def save(pipe: DiffusionPipeline, directory: str | os.PathLike[str]) -> None:
@@ -203,8 +211,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"checkpoint {folder} has format_version {version!r}; this qdiff {__version__} reads up to "
             f"{FORMAT_VERSION}; update qdiff"
         )
-    if missing := [field for field in _FIELDS if field not in manifest]:
-        raise ValueError(f"checkpoint {folder} is damaged: {MANIFEST} lacks {', '.join(missing)}; save it again")
+    if bad := [field for field, kind in _FIELDS.items() if not isinstance(manifest.get(field), kind)]:
+        raise ValueError(f"checkpoint {folder} is damaged: {MANIFEST} lacks {', '.join(bad)}; save it again")
     if manifest["denoiser"] not in DENOISER_NAMES:
         raise ValueError(f"checkpoint {folder} is damaged: unknown denoiser {manifest['denoiser']!r} in {MANIFEST}")
     return manifest

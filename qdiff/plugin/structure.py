@@ -58,11 +58,12 @@ def install(denoiser: nn.Module, replacements: Mapping[str, nn.Module], record: 
     try:
         for parent, child_name, child in places:
             parent._modules[child_name] = replaced[id(child)]
-        denoiser.save_pretrained = _refuse_plain_save  # type: ignore[assignment]
+        vars(denoiser).update(_REFUSED)
         denoiser.qdiff = record  # type: ignore[assignment]
     except BaseException:
         hook.remove()
-        vars(denoiser).pop("save_pretrained", None)
+        for name in _REFUSED:
+            vars(denoiser).pop(name, None)
         for parent, child_name, child in places:
             parent._modules[child_name] = child
         raise
@@ -71,6 +72,17 @@ def install(denoiser: nn.Module, replacements: Mapping[str, nn.Module], record: 
 def _refuse_plain_save(*args: object, **kwargs: object) -> NoReturn:
     """Stands for `denoiser.save_pretrained`: from_pretrained would skip our tensors and load random weights."""
     raise ValueError("a quantized denoiser cannot be saved by save_pretrained; use qdiff.save(pipe, directory)")
+
+
+def _refuse_fusing(*args: object, **kwargs: object) -> NoReturn:
+    """Stands for `denoiser.fuse_lora`: peft would add to a weight made anew on each access, and lose the sum."""
+    raise ValueError(
+        "LoRA adapters cannot be fused into a quantized denoiser; leave them beside it, or fuse before quantizing"
+    )
+
+
+# What diffusers would do wrong, and not say so, on a quantized denoiser.
+_REFUSED = {"save_pretrained": _refuse_plain_save, "fuse_lora": _refuse_fusing}
 
 
 def find_denoiser(pipe: object) -> tuple[str, nn.Module]:
