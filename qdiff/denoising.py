@@ -1,14 +1,15 @@
 """Which timestep the denoiser is running, told to the quantized layers.
 
-Activation scales are tables over the timestep's *value* (the noise level), never over a step's index, so any scheduler and any
-number of steps work. A :class:`StepTracker` turns the value into interpolation weights once per denoiser call; every layer of
-that denoiser holds the same tracker and reads the weights from it. There is no module-level state: two denoisers, or a denoiser
-and its deep copy, never see each other's timestep.
+Activation scales are tables over the timestep's *value* (the noise level), never over a step's index, so any scheduler
+and any number of steps work. A :class:`StepTracker` turns the value into interpolation weights once per denoiser call;
+every layer of that denoiser holds the same tracker and reads the weights from it. There is no module-level state: two
+denoisers, or a denoiser and its deep copy, never see each other's timestep.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -54,8 +55,8 @@ class TimestepReader:
         latent = next((name for name in _LATENT_NAMES if name in names), None)
         if "timestep" not in names or latent is None:
             raise ValueError(
-                f"denoiser: {type(denoiser).__name__}.forward takes {names}, expected an argument `timestep` and one of "
-                f"{list(_LATENT_NAMES)}; wrap the denoiser in a module with such a forward"
+                f"denoiser: {type(denoiser).__name__}.forward takes {names}, expected an argument `timestep` "
+                f"and one of {list(_LATENT_NAMES)}; wrap the denoiser in a module with such a forward"
             )
         return cls((latent, names.index(latent)), ("timestep", names.index("timestep")))
 
@@ -85,9 +86,9 @@ def read_timestep(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str,
 class StepTracker:
     """Interpolation weights of the running timestep over a calibrated grid of timesteps.
 
-    Laws: each row of `weights` is non-negative, has at most two non-zero entries, and sums to 1; at a grid point it is that
-    point's unit vector; outside the grid it is the nearest end's. Hence `weights @ table` is the piecewise-linear function of
-    the timestep through the table's rows, constant beyond its ends.
+    Laws: each row of `weights` is non-negative, has at most two non-zero entries, and sums to 1; at a grid point it is
+    that point's unit vector; outside the grid it is the nearest end's. Hence `weights @ table` is the piecewise-linear
+    function of the timestep through the table's rows, constant beyond its ends.
 
     Attributes:
         timesteps: the grid, strictly ascending, in the scheduler's own units.
@@ -96,7 +97,7 @@ class StepTracker:
 
     def __init__(self, timesteps: Sequence[float]) -> None:
         grid = tuple(float(value) for value in timesteps)
-        if not grid or any(high <= low for low, high in zip(grid, grid[1:], strict=False)):
+        if not grid or any(high <= low for low, high in itertools.pairwise(grid)):
             raise ValueError(
                 f"timesteps: got {grid}, expected at least one value, strictly ascending; sort and deduplicate"
             )
@@ -118,14 +119,14 @@ class StepTracker:
         values = torch.as_tensor(timestep, device=device).to(torch.float32).reshape(-1)
         if values.numel() == 0 or batch % values.numel():
             raise ValueError(
-                f"timestep: got {values.numel()} values for a batch of {batch}, expected a number of values that divides it"
+                f"timestep: got {values.numel()} values for a batch of {batch}, expected a number that divides it"
             )
         self.weights = self._hat_weights(values).repeat_interleave(batch // values.numel(), dim=0)
 
     def _hat_weights(self, values: Tensor) -> Tensor:
         grid = self._grid(values.device)
-        # passed[:, j] is how far the timestep has moved from grid point j to j + 1, in [0, 1]. Differences of neighbours are the
-        # hat functions, and telescope to 1.
+        # passed[:, j] is how far the timestep has moved from grid point j to j + 1, in [0, 1]. Differences of
+        # neighbours are the hat functions, and telescope to 1.
         passed = ((values[:, None] - grid[:-1]) / (grid[1:] - grid[:-1])).clamp(0, 1)
         ones = torch.ones_like(values)[:, None]
         return torch.cat([ones, passed], dim=1) - torch.cat([passed, torch.zeros_like(ones)], dim=1)
@@ -141,12 +142,13 @@ class StepTracker:
 
         Args:
             table: float32 [T, S], one row a grid timestep.
-            batch: rows of the asking layer's input; a multiple of the denoiser's batch (a layer may fold frames or tokens into
-                its batch; they follow their sample).
+            batch: rows of the asking layer's input; a multiple of the denoiser's batch (a layer may fold frames or
+                tokens into its batch; they follow their sample).
 
         Raises:
             RuntimeError: no denoiser call has set a timestep yet.
-            ValueError: `batch` is no multiple of the denoiser's batch, or the table has another number of rows than the grid.
+            ValueError: `batch` is no multiple of the denoiser's batch, or the table has another number of rows than the
+                grid.
         """
         if self.weights is None:
             raise RuntimeError(
@@ -173,7 +175,8 @@ class StepTracker:
 
 @dataclass
 class _FollowTimestep:
-    # An object and not a closure: deep-copying a denoiser copies its hooks, and copies of functions still see the old tracker.
+    # An object and not a closure: deep-copying a denoiser copies its hooks, and copies of functions still see the old
+    # tracker.
     tracker: StepTracker
     read: TimestepReader
 

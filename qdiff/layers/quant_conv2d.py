@@ -24,7 +24,8 @@ class QuantConv2d(WeightBuffers, nn.Conv2d):
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        # peft makes the convolutions of a LoRA branch as type(base_layer)(in_channels, rank, ...): those are float ones.
+        # peft makes the convolutions of a LoRA branch as type(base_layer)(in_channels, rank, ...),
+        # and means float ones.
         return nn.Conv2d(*args, **kwargs) if args and isinstance(args[0], int) else super().__new__(cls)
 
     def __init__(self, layer: nn.Conv2d, plan: LayerPlan, *, has_smooth: bool = False, scale_rows: int = 1) -> None:
@@ -41,7 +42,9 @@ class QuantConv2d(WeightBuffers, nn.Conv2d):
     def empty(
         cls, layer: nn.Conv2d, plan: LayerPlan, rank: int = 0, has_smooth: bool = False, scale_rows: int = 1
     ) -> QuantConv2d:
-        """Every buffer at its final shape and dtype, on the float layer's device (meta too), to load a `state_dict` into.
+        """Every buffer at its final shape and dtype, uninitialized, to load a `state_dict` into.
+
+        On the float layer's device, which may be "meta".
 
         Args:
             layer: the float layer, for its sizes, bias, dtype and device.
@@ -84,7 +87,7 @@ class QuantConv2d(WeightBuffers, nn.Conv2d):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The float weight [N, C, kh, kw] that this layer applies to its raw input, made anew on each access."""
+        """The float weight [N, C, kh, kw] that this layer applies to the raw input, made anew on each access."""
         plan, kernel = self.plan, (self.kernel_size[0], self.kernel_size[1])
         smooth = None if self.smooth is None else channels_to_gemm(self.smooth, plan.segments, kernel[0] * kernel[1])
         matrix = float_weight(smooth, self.codes, self.multipliers, self.scale, plan.group_size, None, None)

@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 class QuantEmbedding(WeightBuffers, nn.Embedding):
     """`nn.Embedding` with quantized rows; only the rows that are looked up are unpacked.
 
-    The output has the dtype of the float table. Its buffers are listed in `WeightBuffers`: here N are the embeddings, K their width.
+    The output has the dtype of the float table. Its buffers are listed in `WeightBuffers`: here N are the embeddings, K
+    their width.
     """
 
     def __init__(self, layer: nn.Embedding, plan: LayerPlan) -> None:
         nn.Module.__init__(self)  # not nn.Embedding's: it would make a float table
         if layer.max_norm is not None or plan.segments != (layer.embedding_dim,) or plan.range_mode != "none":
             raise ValueError(
-                f"{plan.name}: got max_norm={layer.max_norm}, segments={plan.segments}, range_mode={plan.range_mode!r}, expected "
-                f"None, ({layer.embedding_dim},) and 'none'; keep this layer"
+                f"{plan.name}: got max_norm={layer.max_norm}, segments={plan.segments}, range_mode={plan.range_mode!r}, "
+                f"expected None, ({layer.embedding_dim},) and 'none'; keep this layer"
             )
         for name in (
             "num_embeddings",
@@ -44,7 +45,9 @@ class QuantEmbedding(WeightBuffers, nn.Embedding):
     def empty(
         cls, layer: nn.Embedding, plan: LayerPlan, rank: int = 0, has_smooth: bool = False, scale_rows: int = 1
     ) -> QuantEmbedding:
-        """Every buffer at its final shape and dtype, on the float table's device (meta too), to load a `state_dict` into.
+        """Every buffer at its final shape and dtype, uninitialized, to load a `state_dict` into.
+
+        On the float table's device, which may be "meta".
 
         Args:
             layer: the float table, for its sizes, dtype and device.

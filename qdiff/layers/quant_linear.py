@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 class QuantLinear(WeightBuffers, nn.Linear):
-    """`nn.Linear` on quantized numbers: Q(x * smooth) @ Q(W / smooth - up @ down).T + (x * smooth @ down.T) @ up.T + bias.
+    """`nn.Linear` on quantized numbers: with x_s = x * smooth, y = Q(x_s) @ Q(R).T + (x_s @ down.T) @ up.T + bias,
+    where R = W / smooth - up @ down (SVDQuant, arXiv 2411.05007).
 
     The output has the input's dtype. Its buffers are listed in `WeightBuffers`.
     """
@@ -37,7 +38,9 @@ class QuantLinear(WeightBuffers, nn.Linear):
     def empty(
         cls, layer: nn.Linear, plan: LayerPlan, rank: int = 0, has_smooth: bool = False, scale_rows: int = 1
     ) -> QuantLinear:
-        """Every buffer at its final shape and dtype, on the float layer's device (meta too), to load a `state_dict` into.
+        """Every buffer at its final shape and dtype, uninitialized, to load a `state_dict` into.
+
+        On the float layer's device, which may be "meta".
 
         Args:
             layer: the float layer, for its sizes, bias, dtype and device.
@@ -85,7 +88,7 @@ class QuantLinear(WeightBuffers, nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The float weight [out_features, in_features] that this layer applies to its raw input, made anew on each access."""
+        """The float weight [out_features, in_features] applied to the raw input, made anew on each access."""
         matrix = float_weight(
             self.smooth, self.codes, self.multipliers, self.scale, self.plan.group_size, self.down, self.up
         )

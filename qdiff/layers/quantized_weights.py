@@ -13,7 +13,8 @@ class QuantizedWeights:
 
     Attributes:
         codes_q: int8 [N, K]; in [-8, 7] with multipliers, in [-127, 127] without.
-        multipliers: uint8 [N, G] in [1, 15] for 4-bit weights (also [N, 1], the same for all groups), None for 8-bit weights.
+        multipliers: uint8 [N, G] in [1, 15] for 4-bit weights (also [N, 1], the same for all groups), None for 8-bit
+            weights.
         scale: float32 [N].
         smooth: float32 [C], or None: the input is multiplied by it before it is quantized.
         low_rank: (down [r, K], up [N, r]), or None: a branch added to the product, reading the smoothed input.

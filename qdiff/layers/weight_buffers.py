@@ -20,7 +20,8 @@ class WeightBuffers(nn.Module):
     """Mixin before a torch layer class: quantized weights as buffers, in place of the parameters `weight` and `bias`.
 
     Buffers, all in the `state_dict`; K in the order of `qdiff.numerics.gemm_layout`:
-        codes: uint8 [N, K/2] (4 bits) or int8 [N, K] (8 bits);  multipliers: uint8 [N, ceil(G/2)] or None;  scale: float32 [N];
+        codes: uint8 [N, K/2] (4 bits) or int8 [N, K] (8 bits);  multipliers: uint8 [N, ceil(G/2)] or None;
+        scale: float32 [N];
         bias: [N] in the compute dtype, or None;  smooth: float32 [C] or None;
         down, up: float16 [r, K] and [N, r], or None;  act_scales: float32 [T, S] or None.
 
@@ -28,7 +29,8 @@ class WeightBuffers(nn.Module):
 
     Attributes:
         plan: what was decided about the layer.
-        tracker: gives temporal scales their timestep; shared by all layers of a denoiser; set by whoever installs the layer.
+        tracker: gives temporal scales their timestep; shared by all layers of a denoiser; set by whoever installs the
+            layer.
         compute_dtype: of `weight`, and of the float layer this one stands for.
     """
 
@@ -109,7 +111,8 @@ class WeightBuffers(nn.Module):
             return table
         if self.tracker is None:
             raise RuntimeError(
-                f"{self.plan.name}: temporal activation scales need the timestep: set `layer.tracker` to the denoiser's StepTracker"
+                f"{self.plan.name}: temporal activation scales need the timestep: "
+                "set `layer.tracker` to the denoiser's StepTracker"
             )
         return self.tracker.resample(table, batch)
 

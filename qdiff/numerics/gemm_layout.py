@@ -1,9 +1,10 @@
 """Convolution weights as matrices.
 
-The input axis K of the matrix runs over (segment, tap, channel of the segment): taps are the kernel's positions, row major;
-segments are the channel ranges that have their own activation scale (a concatenated skip connection has two). A linear layer is
-the case of one segment and one tap. The weights of one segment are thus one contiguous block, whose product with that segment's
-patches is one integer product; and with a group size that divides every segment no group crosses a tap or a segment.
+The input axis K of the matrix runs over (segment, tap, channel of the segment): taps are the kernel's positions, row
+major; segments are the channel ranges that have their own activation scale (a concatenated skip connection has two). A
+linear layer is the case of one segment and one tap. The weights of one segment are thus one contiguous block, whose
+product with that segment's patches is one integer product; and with a group size that divides every segment no group
+crosses a tap or a segment.
 """
 
 from __future__ import annotations

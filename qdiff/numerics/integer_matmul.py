@@ -44,7 +44,8 @@ def split_float_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _cpu_int_mm_is_exact() -> bool:
-    # oneDNN multiplies u8 by s8; without VNNI its 16-bit intermediate sums saturate on some versions. All-extreme operands show it.
+    # oneDNN multiplies u8 by s8; without VNNI its 16-bit intermediate sums saturate on some versions. All-extreme
+    # operands show it.
     a = torch.full((32, 64), -128, dtype=torch.int8)
     b = torch.full((32, 64), 127, dtype=torch.int8)
     try:

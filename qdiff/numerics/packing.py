@@ -1,13 +1,14 @@
 """Bit layouts of 4-bit weights.
 
-Codes: one byte holds two weights of one group, the halves of the group side by side, so unpacking writes two contiguous runs and
-interleaves nothing. A group of g = 8 weights q0..q7, stored as u = q + 8 in [0, 15]:
+Codes: one byte holds two weights of one group, the halves of the group side by side, so unpacking writes two contiguous
+runs and interleaves nothing. A group of g = 8 weights q0..q7, stored as u = q + 8 in [0, 15]:
 
     byte      0         1         2         3
     bits   7654 3210 7654 3210 7654 3210 7654 3210
             u4   u0   u5   u1   u6   u2   u7   u3
 
-Multipliers: 4-bit m in [1, 15], two groups a byte, even group in the low bits; an odd number of groups is padded with m = 1:
+Multipliers: 4-bit m in [1, 15], two groups a byte, even group in the low bits; an odd number of groups is padded with
+m = 1:
 
     byte      0         1         2           (G = 5)
             m1   m0   m3   m2    1   m4
@@ -23,7 +24,7 @@ from torch import Tensor
 
 
 def storage_group_size(group_size: int, segments: Sequence[int]) -> int:
-    """The group size that codes are packed with: `group_size`, or for -1 (one group a segment and tap) the segments' gcd.
+    """The group size that codes are packed with: `group_size`, or the segments' gcd for -1 (a group a segment and tap).
 
     Raises:
         ValueError: it is odd, not positive, or does not divide every segment.
@@ -38,7 +39,10 @@ def storage_group_size(group_size: int, segments: Sequence[int]) -> int:
 
 
 def pack_int4(q: Tensor, group_size: int) -> Tensor:
-    """Codes int8 [N, K] in [-8, 7] to packed uint8 [N, K/2]. It should be the case that `unpack_int4(pack_int4(q, g), g) == q`."""
+    """Codes int8 [N, K] in [-8, 7] to packed uint8 [N, K/2].
+
+    It should be the case that `unpack_int4(pack_int4(q, g), g) == q`.
+    """
     groups = _grouped(q, group_size)
     if q.dtype != torch.int8 or (q.numel() and (int(q.min()) < -8 or int(q.max()) > 7)):
         raise ValueError(f"q: got {q.dtype} values outside int8 [-8, 7]; round and clamp before packing")
@@ -49,7 +53,8 @@ def pack_int4(q: Tensor, group_size: int) -> Tensor:
 
 def unpack_int4(packed: Tensor, group_size: int) -> Tensor:
     """Packed uint8 [N, K/2] to codes int8 [N, K] in [-8, 7]."""
-    return _unpacked_nibbles(packed, group_size).sub_(8).view(packed.shape[0], -1)
+    halves = _grouped(packed, group_size // 2)
+    return torch.cat([halves & 15, halves >> 4], dim=-1).view(torch.int8).sub_(8).view(packed.shape[0], -1)
 
 
 def pack_multipliers(multipliers: Tensor) -> Tensor:
@@ -76,17 +81,14 @@ def expand_int4(packed: Tensor, packed_multipliers: Tensor, group_size: int) -> 
         packed_multipliers: uint8 [N, ceil(K / group_size / 2)] from `pack_multipliers`.
         group_size: even, divides K.
     """
-    q = _unpacked_nibbles(packed, group_size).sub_(8)
-    m = unpack_multipliers(packed_multipliers, q.shape[1]).view(torch.int8)
-    return q.mul_(m[:, :, None]).view(packed.shape[0], -1)
-
-
-def _unpacked_nibbles(packed: Tensor, group_size: int) -> Tensor:
     halves = _grouped(packed, group_size // 2)
-    u = torch.empty(*halves.shape[:2], group_size, dtype=torch.uint8, device=packed.device)
-    torch.bitwise_and(halves, 15, out=u[:, :, : group_size // 2])
-    torch.bitwise_right_shift(halves, 4, out=u[:, :, group_size // 2 :])
-    return u.view(torch.int8)
+    m = unpack_multipliers(packed_multipliers, halves.shape[1]).view(torch.int8)
+    # Written out over a half group: int8 products of equal shapes run 5 times faster than broadcast 32 bytes at a time.
+    m = m[:, :, None].expand(halves.shape).contiguous()
+    weights = torch.empty(*halves.shape[:2], group_size, dtype=torch.int8, device=packed.device)
+    for nibbles, half in zip((halves & 15, halves >> 4), weights.chunk(2, dim=-1)):
+        torch.mul(nibbles.view(torch.int8).sub_(8), m, out=half)
+    return weights.view(packed.shape[0], -1)
 
 
 def _grouped(rows: Tensor, size: int) -> Tensor:

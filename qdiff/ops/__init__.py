@@ -1,4 +1,4 @@
-"""The operators: one file each, with schema, CPU reference and fake implementation. The reference defines the result."""
+"""The operators, one file each: schema, CPU reference, fake. The reference defines the result."""
 
 from qdiff.ops.low_rank_down import low_rank_down
 from qdiff.ops.quantize_per_sample import quantize_per_sample

@@ -1,7 +1,5 @@
 """The first half of a low-rank branch."""
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -9,8 +7,9 @@ from qdiff.ops.checks import FLOATS, check_tensor
 
 
 @torch.library.custom_op("qdiff::low_rank_down", mutates_args=())
-def low_rank_down(x: Tensor, smooth: Optional[Tensor], down: Tensor) -> Tensor:
-    """(x * smooth) @ down.T in float32: the smoothed, *unquantized* input projected to r values (SVDQuant, arXiv 2411.05007).
+def low_rank_down(x: Tensor, smooth: Tensor | None, down: Tensor) -> Tensor:
+    """(x * smooth) @ down.T in float32: the smoothed, *unquantized* input projected to r values (SVDQuant, arXiv
+    2411.05007).
 
     Args:
         x: float32, float16 or bfloat16 [..., K].
@@ -31,5 +30,5 @@ def low_rank_down(x: Tensor, smooth: Optional[Tensor], down: Tensor) -> Tensor:
 
 
 @low_rank_down.register_fake
-def _(x: Tensor, smooth: Optional[Tensor], down: Tensor) -> Tensor:
+def _(x: Tensor, smooth: Tensor | None, down: Tensor) -> Tensor:
     return torch.empty(*x.shape[:-1], down.shape[0], dtype=torch.float32, device=x.device)

@@ -1,7 +1,6 @@
 """int8 activations with given scales, one a sample and channel segment."""
 
 from collections.abc import Sequence
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -13,12 +12,13 @@ LEVELS = 127
 
 @torch.library.custom_op("qdiff::quantize_per_sample", mutates_args=())
 def quantize_per_sample(
-    x: Tensor, scale: Tensor, smooth: Optional[Tensor], segments: Sequence[int], channel_dim: int
+    x: Tensor, scale: Tensor, smooth: Tensor | None, segments: Sequence[int], channel_dim: int
 ) -> Tensor:
     """Quantize x * smooth to int8 with scales that were measured beforehand.
 
-    code = clamp(round(x * r), -127, 127), half to even, with r[b, c] = smooth[c] / scale[b, segment of c] in float32: values
-    beyond the range saturate. It should be the case that |x * smooth - code * scale| <= scale / 2 (1 + 2^-14) inside the range.
+    code = clamp(round(x * r), -127, 127), half to even, with r[b, c] = smooth[c] / scale[b, segment of c] in float32:
+    values beyond the range saturate. It should be the case that |x * smooth - code * scale| <= scale / 2 (1 + 2^-14)
+    inside the range.
 
     Args:
         x: float32, float16 or bfloat16 [B, ...], any strides.
@@ -41,7 +41,7 @@ def quantize_per_sample(
     return codes
 
 
-def _factors(scale: Tensor, smooth: Optional[Tensor], segments: Sequence[int]) -> Tensor:
+def _factors(scale: Tensor, smooth: Tensor | None, segments: Sequence[int]) -> Tensor:
     counts = torch.tensor(segments, device=scale.device)
     step = scale.repeat_interleave(counts, dim=1, output_size=sum(segments))
     return step.reciprocal() if smooth is None else smooth / step
@@ -62,16 +62,16 @@ def _empty_codes(x: Tensor, channel_dim: int) -> Tensor:
 
 
 @quantize_per_sample.register_fake
-def _(x: Tensor, scale: Tensor, smooth: Optional[Tensor], segments: Sequence[int], channel_dim: int) -> Tensor:
+def _(x: Tensor, scale: Tensor, smooth: Tensor | None, segments: Sequence[int], channel_dim: int) -> Tensor:
     return _empty_codes(x, channel_dim)
 
 
-def _check(x: Tensor, scale: Tensor, smooth: Optional[Tensor], segments: Sequence[int], channel_dim: int) -> None:
+def _check(x: Tensor, scale: Tensor, smooth: Tensor | None, segments: Sequence[int], channel_dim: int) -> None:
     if x.dtype not in FLOATS or x.dim() < 2:
         raise ValueError(
             f"x: got {x.dtype} {tuple(x.shape)}, expected a float tensor [B, ...] with a channel dimension"
         )
-    if not 0 < channel_dim % x.dim() or not -x.dim() <= channel_dim < x.dim():
+    if not channel_dim % x.dim() > 0 or not -x.dim() <= channel_dim < x.dim():
         raise ValueError(
             f"channel_dim: got {channel_dim} for x {tuple(x.shape)}, expected a dimension other than the batch"
         )

@@ -1,7 +1,6 @@
 """Convolution of floating-point activations and quantized weights."""
 
 from collections.abc import Sequence
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +15,12 @@ from qdiff.ops.w8a8_conv2d import check_geometry, empty_conv_output
 @torch.library.custom_op("qdiff::w4a16_conv2d", mutates_args=())
 def w4a16_conv2d(
     x: Tensor,
-    smooth: Optional[Tensor],
+    smooth: Tensor | None,
     codes: Tensor,
-    multipliers: Optional[Tensor],
+    multipliers: Tensor | None,
     scale: Tensor,
     group_size: int,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -60,12 +59,12 @@ def w4a16_conv2d(
 @w4a16_conv2d.register_fake
 def _(
     x: Tensor,
-    smooth: Optional[Tensor],
+    smooth: Tensor | None,
     codes: Tensor,
-    multipliers: Optional[Tensor],
+    multipliers: Tensor | None,
     scale: Tensor,
     group_size: int,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],

@@ -1,7 +1,5 @@
 """Linear layer of floating-point activations and quantized weights."""
 
-from typing import Optional
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,14 +11,14 @@ from qdiff.ops.checks import FLOATS, check_bias_and_dtype, check_int4_weight, ch
 @torch.library.custom_op("qdiff::w4a16_linear", mutates_args=())
 def w4a16_linear(
     x: Tensor,
-    smooth: Optional[Tensor],
+    smooth: Tensor | None,
     codes: Tensor,
-    multipliers: Optional[Tensor],
+    multipliers: Tensor | None,
     scale: Tensor,
     group_size: int,
-    bias: Optional[Tensor],
-    down: Optional[Tensor],
-    up: Optional[Tensor],
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
 ) -> Tensor:
     """y = x @ W.T + bias with W = ((m * q) * scale + up @ down) * smooth
 
@@ -47,13 +45,13 @@ def w4a16_linear(
 
 
 def float_weight(
-    smooth: Optional[Tensor],
+    smooth: Tensor | None,
     codes: Tensor,
-    multipliers: Optional[Tensor],
+    multipliers: Tensor | None,
     scale: Tensor,
     group_size: int,
-    down: Optional[Tensor],
-    up: Optional[Tensor],
+    down: Tensor | None,
+    up: Tensor | None,
 ) -> Tensor:
     """The float32 matrix [N, K] that the quantized weights stand for, acting on the raw (not smoothed) input."""
     integers = codes if multipliers is None else expand_int4(codes, multipliers, group_size)
@@ -64,13 +62,13 @@ def float_weight(
 
 
 def check_float_weight(
-    smooth: Optional[Tensor],
+    smooth: Tensor | None,
     codes: Tensor,
-    multipliers: Optional[Tensor],
+    multipliers: Tensor | None,
     scale: Tensor,
     group_size: int,
-    down: Optional[Tensor],
-    up: Optional[Tensor],
+    down: Tensor | None,
+    up: Tensor | None,
     k: int,
     device: torch.device,
 ) -> None:
@@ -91,13 +89,13 @@ def check_float_weight(
 @w4a16_linear.register_fake
 def _(
     x: Tensor,
-    smooth: Optional[Tensor],
+    smooth: Tensor | None,
     codes: Tensor,
-    multipliers: Optional[Tensor],
+    multipliers: Tensor | None,
     scale: Tensor,
     group_size: int,
-    bias: Optional[Tensor],
-    down: Optional[Tensor],
-    up: Optional[Tensor],
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
 ) -> Tensor:
     return torch.empty(*x.shape[:-1], codes.shape[0], dtype=x.dtype, device=x.device)

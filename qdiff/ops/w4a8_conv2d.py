@@ -1,7 +1,6 @@
 """Convolution of int8 activations and 4-bit weights with two-level scales."""
 
 from collections.abc import Sequence
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ def w4a8_conv2d(
     multipliers: Tensor,
     scale: Tensor,
     group_size: int,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -33,8 +32,8 @@ def w4a8_conv2d(
     Args:
         x_codes: int8 [B, C, H, W]; channels-last is fastest.
         x_scale: float32 [R, S], R dividing B: row r holds for B / R samples.
-        codes: uint8 [N, K/2], multipliers: uint8 [N, ceil(G/2)], as `qdiff.numerics.packing` lays them out, over the axis
-            K = C * kh * kw in the order of `qdiff.numerics.gemm_layout`; G = K / group_size.
+        codes: uint8 [N, K/2], multipliers: uint8 [N, ceil(G/2)], as `qdiff.numerics.packing` lays them out, over the
+            axis K = C * kh * kw in the order of `qdiff.numerics.gemm_layout`; G = K / group_size.
         scale: float32 [N].
         group_size: even, divides every segment.
         bias: float [N] or None.
@@ -60,7 +59,7 @@ def _(
     multipliers: Tensor,
     scale: Tensor,
     group_size: int,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],

@@ -1,7 +1,5 @@
 """Linear layer of int8 activations and 4-bit weights with two-level scales."""
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -18,20 +16,21 @@ def w4a8_linear(
     multipliers: Tensor,
     scale: Tensor,
     group_size: int,
-    bias: Optional[Tensor],
-    x_low: Optional[Tensor],
-    up: Optional[Tensor],
+    bias: Tensor | None,
+    x_low: Tensor | None,
+    up: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """y = (x_codes @ (m * q).T) * x_scale * scale + bias + x_low @ up.T
 
-    m * q, the codes times their group's multiplier, is an int8 matrix [N, K]; from there on this is `w8a8_linear`: the first product
-    is exact in int32, everything after it is float32, in that order, with one cast at the end.
+    m * q, the codes times their group's multiplier, is an int8 matrix [N, K]; from there on this is `w8a8_linear`: the
+    first product is exact in int32, everything after it is float32, in that order, with one cast at the end.
 
     Args:
         x_codes: int8 [..., K], M rows in all.
         x_scale: float32 [R], R dividing M: row r holds for M / R rows.
-        codes: uint8 [N, K/2], multipliers: uint8 [N, ceil(G/2)], as `qdiff.numerics.packing` lays them out; G = K / group_size.
+        codes: uint8 [N, K/2], multipliers: uint8 [N, ceil(G/2)], as `qdiff.numerics.packing` lays them out; G = K /
+            group_size.
         scale: float32 [N].
         group_size: even, divides K.
         bias: float [N] or None.
@@ -55,9 +54,9 @@ def _(
     multipliers: Tensor,
     scale: Tensor,
     group_size: int,
-    bias: Optional[Tensor],
-    x_low: Optional[Tensor],
-    up: Optional[Tensor],
+    bias: Tensor | None,
+    x_low: Tensor | None,
+    up: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
     return torch.empty(*x_codes.shape[:-1], codes.shape[0], dtype=out_dtype, device=x_codes.device)

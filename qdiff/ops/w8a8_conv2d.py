@@ -1,7 +1,6 @@
 """Convolution of int8 activations and int8 weights."""
 
 from collections.abc import Sequence
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ def w8a8_conv2d(
     x_scale: Tensor,
     codes: Tensor,
     scale: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -29,8 +28,8 @@ def w8a8_conv2d(
 ) -> Tensor:
     """y[b] = (sum over segments s of conv2d(x_codes[b, s], codes[s]) * x_scale[b, s]) * scale + bias
 
-    Each segment's convolution is exact in int32; everything after it is float32, in that order, with one cast at the end. Padding
-    is with code 0, which is the value 0. Groups and dilation are 1.
+    Each segment's convolution is exact in int32; everything after it is float32, in that order, with one cast at the
+    end. Padding is with code 0, which is the value 0. Groups and dilation are 1.
 
     Args:
         x_codes: int8 [B, C, H, W]; channels-last is fastest.
@@ -55,7 +54,7 @@ def int8_conv2d(
     x_scale: Tensor,
     weight: Tensor,
     scale: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -89,9 +88,7 @@ def _segment(windows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 def _windows(nhwc: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
     # A view [B, H', W', kh, kw, C]: copying a block of it is im2col, tap-major as the weights are.
-    rows, columns = nhwc.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1]), None
-    del columns
-    return rows.permute(0, 1, 2, 4, 5, 3)
+    return nhwc.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1]).permute(0, 1, 2, 4, 5, 3)
 
 
 def _blocks(shape: Sequence[int], k: int, device: torch.device) -> list[tuple[slice, slice]]:
@@ -122,7 +119,7 @@ def _(
     x_scale: Tensor,
     codes: Tensor,
     scale: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -136,7 +133,7 @@ def check_conv_input(
     x_codes: Tensor,
     x_scale: Tensor,
     n: int,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],

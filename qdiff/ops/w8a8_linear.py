@@ -1,7 +1,5 @@
 """Linear layer of int8 activations and int8 weights."""
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -16,9 +14,9 @@ def w8a8_linear(
     x_scale: Tensor,
     codes: Tensor,
     scale: Tensor,
-    bias: Optional[Tensor],
-    x_low: Optional[Tensor],
-    up: Optional[Tensor],
+    bias: Tensor | None,
+    x_low: Tensor | None,
+    up: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """y = (x_codes @ codes.T) * x_scale * scale + bias + x_low @ up.T
@@ -47,9 +45,9 @@ def int8_linear(
     x_scale: Tensor,
     weight: Tensor,
     scale: Tensor,
-    bias: Optional[Tensor],
-    x_low: Optional[Tensor],
-    up: Optional[Tensor],
+    bias: Tensor | None,
+    x_low: Tensor | None,
+    up: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """The reference on checked arguments, for any integer weight that fits int8 [N, K]."""
@@ -61,12 +59,15 @@ def int8_linear(
     bias = None if bias is None else bias.float()
     out = torch.empty(m, n, dtype=out_dtype, device=x_codes.device)
     for block in row_blocks(m, 4 * n, x_codes.device):
-        y = int_matmul(rows[block], weight).float().mul_(row_scale[block]).mul_(scale)
+        # A float32 result is worked on in its final place; another one needs a float32 block first.
+        y = out[block] if out_dtype == torch.float32 else torch.empty_like(out[block], dtype=torch.float32)
+        y.copy_(int_matmul(rows[block], weight)).mul_(row_scale[block]).mul_(scale)
         if bias is not None:
-            y += bias
+            y.add_(bias)
         if low is not None and up_t is not None:
             y.addmm_(low[block], up_t)
-        out[block] = y
+        if y.dtype != out_dtype:
+            out[block] = y
     return out.view(*x_codes.shape[:-1], n)
 
 
@@ -76,9 +77,9 @@ def _(
     x_scale: Tensor,
     codes: Tensor,
     scale: Tensor,
-    bias: Optional[Tensor],
-    x_low: Optional[Tensor],
-    up: Optional[Tensor],
+    bias: Tensor | None,
+    x_low: Tensor | None,
+    up: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
     return torch.empty(*x_codes.shape[:-1], codes.shape[0], dtype=out_dtype, device=x_codes.device)
