@@ -52,7 +52,7 @@ def activation_bounds(
             histogram.percentile(percentile) if estimator == "percentile" else least_squares_bound(histogram)
         )
         start += channels
-    return torch.stack(columns, 1)
+    return torch.stack(columns, 1).to(statistics.channel_absmax.device)
 
 
 def least_squares_bound(histogram: TensorHistogram) -> Float[Tensor, " rows"]:

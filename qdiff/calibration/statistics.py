@@ -64,7 +64,7 @@ class LayerStatistics:
         channel_weight: Float[Tensor, " channels"] | None = None,
         per_timestep: bool = True,
     ) -> TensorHistogram:
-        """The histogram of |x * smooth| over a range of channels, for every timestep or over all of them.
+        """The histogram of |x * smooth| over a range of channels, for every timestep or over all of them; on the CPU.
 
         Raises `ValueError` where calibration was not asked for histograms.
         """
@@ -72,22 +72,23 @@ class LayerStatistics:
             raise ValueError(
                 "calibration kept no histograms; a method that uses them must name 'histograms' in `needs`"
             )
-        counts, absmax = self.histograms.counts[:, channels], self.channel_absmax[:, channels]
+        # On the CPU, because sums that an accelerator scatters come out differently every time.
+        counts, absmax = self.histograms.counts[:, channels].cpu(), self.channel_absmax[:, channels].cpu()
         if not per_timestep:
             counts, absmax = counts.sum(0, keepdim=True), absmax.amax(0, keepdim=True)
         ones = absmax.new_ones(absmax.shape[1])
-        factor = ones if smooth is None else smooth[channels]
-        weight = ones if channel_weight is None else channel_weight[channels]
+        factor = ones if smooth is None else smooth[channels].cpu()
+        weight = ones if channel_weight is None else channel_weight[channels].cpu()
         return tensor_histogram(counts, self.histograms.scale, absmax, factor, weight)
 
     def percentile(self, q: float) -> Float[Tensor, " timesteps"]:
         """The bound that a fraction `q` of |x| stays within, per timestep; within a histogram's bin (9 %)."""
-        return self.histogram().percentile(q)
+        return self.histogram().percentile(q).to(self.channel_absmax.device)
 
     def channel_percentile(self, q: float) -> Float[Tensor, "timesteps channels"]:
         """The same per timestep and channel."""
         columns = [self.histogram(slice(c, c + 1)).percentile(q) for c in range(self.channel_absmax.shape[1])]
-        return torch.stack(columns, 1)
+        return torch.stack(columns, 1).to(self.channel_absmax.device)
 
     @property
     def memory_bytes(self) -> int:

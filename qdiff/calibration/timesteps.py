@@ -34,8 +34,8 @@ class TimestepBins:
         return total / count
 
     def _bin(self, value: float) -> float:
-        # Six decimals keep apart flow-matching noise levels in 0..1 and join what only float16 tells apart.
-        return round(value, 6) if self._width == 0 else math.floor(value / self._width) * self._width
+        # Six digits are what float32, the type of the table's grid, is sure to tell apart.
+        return float(f"{value:.6g}") if self._width == 0 else math.floor(value / self._width) * self._width
 
     def _join(self) -> dict[float, float]:
         moved = {key: key for key in self._sums}
