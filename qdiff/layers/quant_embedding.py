@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 class QuantEmbedding(WeightBuffers, nn.Embedding):
     """`nn.Embedding` with quantized rows; only the rows that are looked up are unpacked.
 
-    The output has the dtype of the float table. Its buffers are listed in `WeightBuffers`: here N are the embeddings, K
-    their width.
+    The output has the dtype of the float table. Its buffers are listed in `WeightBuffers`: N embeddings of width K.
     """
 
     def __init__(self, layer: nn.Embedding, plan: LayerPlan) -> None:

@@ -73,8 +73,9 @@ def quantize(x: Tensor, grid: Grid) -> Tensor:
     asymmetric one's, whose rounded zero may push an end out by half a step (all up to rounding in float32); quantize(y)
     == quantize(x); x = 0 gives y = 0; x <= x' gives code <= code'.
     """
-    codes = (_grouped(x.float(), grid.group_size) / grid.scale).round_().add_(grid.zero_point).clamp_(grid.low,
-    grid.high) return codes.to(torch.int8 if grid.low < 0 else torch.uint8).view(x.shape)
+    steps = (_grouped(x.float(), grid.group_size) / grid.scale).round_()
+    codes = steps.add_(grid.zero_point).clamp_(grid.low, grid.high)
+    return codes.to(torch.int8 if grid.low < 0 else torch.uint8).view(x.shape)
 
 
 def dequantize(codes: Tensor, grid: Grid) -> Tensor:
@@ -84,7 +85,9 @@ def dequantize(codes: Tensor, grid: Grid) -> Tensor:
 
 def _reduced(x: Tensor, granularity: str, group_size: int | None) -> tuple[Tensor, list[int]]:
     if (granularity == "group") != (group_size is not None):
-        raise ValueError(f"group_size: got {group_size} with granularity {granularity!r}, expected a size with 'group' only")
+        raise ValueError(
+            f"group_size: got {group_size} with granularity {granularity!r}, expected one with 'group' only"
+        )
     seen = _grouped(x.float(), group_size)
     if granularity in ("token", "group"):
         return seen, [-1]

@@ -57,7 +57,7 @@ def histogram_percentile_bound(counts: Tensor, edges: Tensor, percent: float) ->
 
 
 def mse_bound(values: Tensor) -> Tensor:
-    """The bound with the least mean squared rounding and clipping error, of a grid of shares of the largest magnitude."""
+    """The bound with the least mean squared error, rounding and clipping together, of shares of the largest magnitude."""
     largest = minmax_bound(values)
     if not largest > 0:
         return largest

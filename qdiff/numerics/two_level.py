@@ -215,7 +215,7 @@ def _row_chunks(w: Tensor) -> Iterator[slice]:
 def _check(w: Tensor, group_size: int, importance: Tensor | None) -> None:
     if w.dim() != 2 or not w.is_floating_point() or group_size < 1 or w.shape[1] % group_size:
         raise ValueError(
-            f"group_size: got {group_size} for w {w.dtype} {tuple(w.shape)}, expected a divisor of K for a float matrix [N, K]"
+            f"group_size: got {group_size} for w {w.dtype} {tuple(w.shape)}, expected a float [N, K] and a divisor of K"
         )
     if importance is not None and importance.shape != w.shape[1:]:
         raise ValueError(f"importance: got {tuple(importance.shape)}, expected [{w.shape[1]}], one value an input")
