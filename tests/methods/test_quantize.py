@@ -12,7 +12,7 @@ from qdiff.recipe import PRESETS, MethodSpec, Recipe, WeightSpec
 
 
 def relative(a, b):
-    return float((a - b).norm() / b.norm())
+    return float((a.detach() - b.detach()).norm() / b.detach().norm())
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
