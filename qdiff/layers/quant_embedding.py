@@ -25,8 +25,8 @@ class QuantEmbedding(WeightBuffers, nn.Embedding):
         nn.Module.__init__(self)  # not nn.Embedding's: it would make a float table
         if layer.max_norm is not None or plan.segments != (layer.embedding_dim,) or plan.range_mode != "none":
             raise ValueError(
-                f"{plan.name}: got max_norm={layer.max_norm}, segments={plan.segments}, range_mode={plan.range_mode!r}, "
-                f"expected None, ({layer.embedding_dim},) and 'none'; keep this layer"
+                f"{plan.name}: got max_norm={layer.max_norm}, segments={plan.segments}, "
+                f"range_mode={plan.range_mode!r}, expected None, ({layer.embedding_dim},) and 'none'; keep this layer"
             )
         for name in (
             "num_embeddings",

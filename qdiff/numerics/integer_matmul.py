@@ -28,9 +28,16 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
         return torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
     if a.device.type == "cuda":
         return _padded_int_mm(a, b)
-    if a.device.type == "cpu" and _cpu_int_mm_is_exact():
-        return torch._int_mm(a, b.t())
+    if a.device.type == "cpu" and a.shape[1] > 1 and _cpu_int_mm_is_exact():
+        return torch._int_mm(_dense(a), _dense(b).t())
     return split_float_matmul(a, b)
+
+
+def _dense(x: Tensor) -> Tensor:
+    # torch takes oneDNN's leading dimension from the stride even of a dimension of size 1, where it can be anything,
+    # and
+    # does not look at the refusal: the result is then uninitialized memory (pytorch#195066). K = 1 is always refused.
+    return x.contiguous().as_strided(x.shape, (x.shape[1], 1))
 
 
 def split_float_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -44,8 +51,8 @@ def split_float_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _cpu_int_mm_is_exact() -> bool:
-    # oneDNN multiplies u8 by s8; without VNNI its 16-bit intermediate sums saturate on some versions. All-extreme
-    # operands show it.
+    # Without VNNI instructions, oneDNN's 16-bit intermediate sums saturate (pytorch#136746). Operands at the extremes
+    # show it.
     a = torch.full((32, 64), -128, dtype=torch.int8)
     b = torch.full((32, 64), 127, dtype=torch.int8)
     try:

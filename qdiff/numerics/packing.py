@@ -44,17 +44,19 @@ def pack_int4(q: Tensor, group_size: int) -> Tensor:
     It should be the case that `unpack_int4(pack_int4(q, g), g) == q`.
     """
     groups = _grouped(q, group_size)
+    if group_size % 2:
+        raise ValueError(f"group_size: got {group_size}, expected an even one: a byte holds two weights of one group")
     if q.dtype != torch.int8 or (q.numel() and (int(q.min()) < -8 or int(q.max()) > 7)):
         raise ValueError(f"q: got {q.dtype} values outside int8 [-8, 7]; round and clamp before packing")
     u = (groups + 8).to(torch.uint8)
     low, high = u.split(group_size // 2, dim=-1)
-    return (low | (high << 4)).reshape(q.shape[0], -1)
+    return (low | (high << 4)).flatten(1)
 
 
 def unpack_int4(packed: Tensor, group_size: int) -> Tensor:
     """Packed uint8 [N, K/2] to codes int8 [N, K] in [-8, 7]."""
     halves = _grouped(packed, group_size // 2)
-    return torch.cat([halves & 15, halves >> 4], dim=-1).view(torch.int8).sub_(8).view(packed.shape[0], -1)
+    return torch.cat([halves & 15, halves >> 4], dim=-1).view(torch.int8).sub_(8).flatten(1)
 
 
 def pack_multipliers(multipliers: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ def pack_multipliers(multipliers: Tensor) -> Tensor:
 
 def unpack_multipliers(packed: Tensor, groups: int) -> Tensor:
     """Packed uint8 [N, ceil(groups/2)] to multipliers uint8 [N, groups]."""
-    return torch.stack([packed & 15, packed >> 4], dim=-1).view(packed.shape[0], -1)[:, :groups]
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)[:, :groups]
 
 
 def expand_int4(packed: Tensor, packed_multipliers: Tensor, group_size: int) -> Tensor:
@@ -88,7 +90,7 @@ def expand_int4(packed: Tensor, packed_multipliers: Tensor, group_size: int) -> 
     weights = torch.empty(*halves.shape[:2], group_size, dtype=torch.int8, device=packed.device)
     for nibbles, half in zip((halves & 15, halves >> 4), weights.chunk(2, dim=-1)):
         torch.mul(nibbles.view(torch.int8).sub_(8), m, out=half)
-    return weights.view(packed.shape[0], -1)
+    return weights.flatten(1)
 
 
 def _grouped(rows: Tensor, size: int) -> Tensor:

@@ -39,7 +39,7 @@ def histogram_percentile_bound(counts: Tensor, edges: Tensor, percent: float) ->
     """The same from a histogram of magnitudes: the upper edge of the bin that the percentile falls in, [...] float32.
 
     Args:
-        counts: [..., bins], not negative; rows without a count give 0.
+        counts: whole numbers [..., bins], below 9e10 in all; rows without a count give 0.
         edges: [bins + 1], ascending; bin i holds magnitudes in (edges[i], edges[i + 1]].
         percent: in (0, 100].
     """
@@ -48,16 +48,15 @@ def histogram_percentile_bound(counts: Tensor, edges: Tensor, percent: float) ->
         raise ValueError(
             f"edges: got {tuple(edges.shape)} for {counts.shape[-1]} bins, expected one edge more than bins"
         )
-    # float64: float32 cannot count beyond 2^24.
-    reached = counts.double().cumsum(dim=-1)
+    reached = counts.long().cumsum(dim=-1)
     total = reached[..., -1:]
-    needed = torch.minimum((total * (percent / 100)).ceil(), total)
+    needed = -(-total * round(percent * 10**6) // 10**8)
     bin_index = (reached < needed).sum(dim=-1)
     return torch.where(total[..., 0] > 0, edges.float()[1:][bin_index.clamp_max(counts.shape[-1] - 1)], 0.0)
 
 
 def mse_bound(values: Tensor) -> Tensor:
-    """The bound with the least mean squared error, rounding and clipping together, of shares of the largest magnitude."""
+    """The share of the largest magnitude that has the least mean squared error, rounding and clipping together."""
     largest = minmax_bound(values)
     if not largest > 0:
         return largest

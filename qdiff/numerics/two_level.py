@@ -63,10 +63,11 @@ def fit_two_level(
     _check(w, group_size, importance)
     scale = torch.empty(w.shape[0], dtype=torch.float32, device=w.device)
     multipliers = torch.empty(w.shape[0], w.shape[1] // group_size, dtype=torch.uint8, device=w.device)
+    peaks = _peaks(w)
     for rows in _row_chunks(w):
-        groups = _Groups.of(w[rows], group_size, importance if search else None)
+        groups = _Groups.of(w[rows] / peaks[rows, None], group_size, importance if search else None)
         scale[rows], multipliers[rows] = _searched(groups) if search else _min_max(groups)
-    return scale, multipliers
+    return _unscaled(scale, peaks), multipliers
 
 
 def round_two_level(w: Tensor, scale: Tensor, multipliers: Tensor, group_size: int) -> Tensor:
@@ -99,28 +100,39 @@ def fit_channel(w: Tensor, bits: int, search: bool = True, importance: Tensor | 
     Returns:
         codes, multipliers [N, 1] of ones, and scales.
     """
-    _check(w, w.shape[1], importance)
+    _check(w, w.shape[-1], importance, bits)
     scale = torch.empty(w.shape[0], dtype=torch.float32, device=w.device)
+    peaks = _peaks(w)
     for rows in _row_chunks(w):
-        groups = _Groups.of(w[rows], w.shape[1], importance, bits)
+        groups = _Groups.of(w[rows] / peaks[rows, None], w.shape[1], importance, bits)
         step = groups.best_step(_ROW_SHARES) if search else groups.widest_step()
         scale[rows] = torch.where(step > 0, step, 1.0)[:, 0]
-    return _rounded(w, scale, bits)
+    return _rounded(w, _unscaled(scale, peaks), bits)
 
 
 def fit_tensor(w: Tensor, bits: int, search: bool = True, importance: Tensor | None = None) -> TwoLevelWeight:
     """The same with one scale for the whole matrix, repeated for every row."""
-    _check(w, w.shape[1], importance)
-    chunks = [_Groups.of(w[rows], w.shape[1], importance, bits) for rows in _row_chunks(w)]
+    _check(w, w.shape[-1], importance, bits)
+    peak = _peaks(w.flatten()[None])[0]
+    chunks = [_Groups.of(w[rows] / peak, w.shape[1], importance, bits) for rows in _row_chunks(w)]
     widest = max((float(chunk.widest_step().max()) for chunk in chunks), default=0.0)
-    shares = _ROW_SHARES if search and widest > 0 else (1.0,)
 
     def error(share: float) -> float:
         return sum(float(chunk.error(torch.full_like(chunk.values[0], share * widest)).sum()) for chunk in chunks)
 
-    step = widest * (min(shares, key=error) if len(shares) > 1 else 1.0)
-    scale = torch.full((w.shape[0],), step if step > 0 else 1.0, dtype=torch.float32, device=w.device)
-    return _rounded(w, scale, bits)
+    share = min(_ROW_SHARES, key=error) if search and widest > 0 else 1.0
+    step = torch.full((w.shape[0],), share * widest if widest > 0 else 1.0, dtype=torch.float32, device=w.device)
+    return _rounded(w, _unscaled(step, peak), bits)
+
+
+def _peaks(w: Tensor) -> Tensor:
+    # Rows are divided by these so that no squared error leaves float32's range; float32 [N], 1 for rows of zeros.
+    peaks = w.float().abs().amax(dim=1) if w.numel() else torch.zeros(w.shape[0], device=w.device)
+    return torch.where(peaks > 0, peaks, 1.0)
+
+
+def _unscaled(scale: Tensor, peaks: Tensor) -> Tensor:
+    return (scale * peaks).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _rounded(w: Tensor, scale: Tensor, bits: int) -> TwoLevelWeight:
@@ -212,10 +224,12 @@ def _row_chunks(w: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, w.shape[0], step))
 
 
-def _check(w: Tensor, group_size: int, importance: Tensor | None) -> None:
+def _check(w: Tensor, group_size: int, importance: Tensor | None, bits: int = 4) -> None:
     if w.dim() != 2 or not w.is_floating_point() or group_size < 1 or w.shape[1] % group_size:
         raise ValueError(
             f"group_size: got {group_size} for w {w.dtype} {tuple(w.shape)}, expected a float [N, K] and a divisor of K"
         )
+    if bits not in CODES:
+        raise ValueError(f"bits: got {bits}, expected one of {sorted(CODES)}")
     if importance is not None and importance.shape != w.shape[1:]:
         raise ValueError(f"importance: got {tuple(importance.shape)}, expected [{w.shape[1]}], one value an input")

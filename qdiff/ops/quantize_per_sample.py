@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from qdiff.ops.checks import FLOATS, check_divides, check_segments, check_tensor
+from qdiff.ops.row_blocks import row_blocks
 
 LEVELS = 127
+_SMALLEST_SCALE = 1e-30
 
 
 @torch.library.custom_op("qdiff::quantize_per_sample", mutates_args=())
@@ -22,7 +24,7 @@ def quantize_per_sample(
 
     Args:
         x: float32, float16 or bfloat16 [B, ...], any strides.
-        scale: float32 [R, S], positive, with R dividing B; row r holds for samples r B/R to (r + 1) B/R - 1.
+        scale: float32 [R, S], not negative, with R dividing B; row r holds for samples r B/R to (r + 1) B/R - 1.
         smooth: float32 [C], the reciprocal smoothing vector, or None for ones.
         segments: S channel counts that sum to C.
         channel_dim: the dimension of x that has the C channels: not 0.
@@ -31,28 +33,23 @@ def quantize_per_sample(
         codes int8 of x's shape; contiguous, in channels-last order when x is [B, C, H, W] with channel_dim 1.
     """
     _check(x, scale, smooth, segments, channel_dim)
-    factors = _factors(scale, smooth, segments)
-    per_row = x.shape[0] // max(1, factors.shape[0])
     codes = _empty_codes(x, channel_dim)
-    shape = [1] * (x.dim() - 1)
-    shape[channel_dim % x.dim() - 1] = -1
-    for b in range(x.shape[0]):
-        _quantize_into(codes[b], x[b], factors[b // per_row].view(shape))
+    shape = [x.shape[0]] + [1] * (x.dim() - 1)
+    shape[channel_dim] = x.shape[channel_dim]
+    factors = _factors(x.shape[0], scale, smooth, segments).view(shape)
+    for block in row_blocks(x.shape[0], 4 * x.shape[1:].numel(), x.device, at_least=1):
+        v = (x[block] * factors[block]).round_().clamp_(-LEVELS, LEVELS)
+        # Cast in x's own order first: where the codes are channels-last and x is not, it is bytes that are transposed.
+        codes[block] = v.to(torch.int8)
     return codes
 
 
-def _factors(scale: Tensor, smooth: Tensor | None, segments: Sequence[int]) -> Tensor:
-    counts = torch.tensor(segments, device=scale.device)
-    step = scale.repeat_interleave(counts, dim=1, output_size=sum(segments))
-    return step.reciprocal() if smooth is None else smooth / step
-
-
-def _quantize_into(codes: Tensor, x: Tensor, factor: Tensor) -> None:
-    v = (x * factor).round_().clamp_(-LEVELS, LEVELS)
-    if v.dim() == 3 and not codes.is_contiguous():
-        # Cast in x's order first: transposing bytes is a quarter of the traffic of transposing floats.
-        v = v.to(torch.int8)
-    codes.copy_(v)
+def _factors(batch: int, scale: Tensor, smooth: Tensor | None, segments: Sequence[int]) -> Tensor:
+    # [batch, C]. A channel that never fired in calibration may have scale 0; its reciprocal must not make 0 * inf.
+    step = torch.cat([column[:, None].expand(-1, width) for column, width in zip(scale.unbind(1), segments)], dim=1)
+    step = step.clamp_min(_SMALLEST_SCALE)
+    factors = step.reciprocal() if smooth is None else smooth / step
+    return factors.repeat_interleave(batch // max(1, scale.shape[0]), dim=0)
 
 
 def _empty_codes(x: Tensor, channel_dim: int) -> Tensor:

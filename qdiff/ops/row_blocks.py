@@ -12,7 +12,7 @@ import torch
 _CPU_BLOCK_BYTES = 1 << 20
 
 
-def row_blocks(rows: int, bytes_per_row: int, device: torch.device) -> Iterator[slice]:
-    """Slices that cover range(rows) in order; one slice where there is no CPU cache to mind."""
-    step = rows if device.type != "cpu" else max(16, _CPU_BLOCK_BYTES // max(1, bytes_per_row))
+def row_blocks(rows: int, bytes_per_row: int, device: torch.device, at_least: int = 16) -> Iterator[slice]:
+    """Slices of `at_least` or more rows that cover range(rows) in order; a single one off the CPU."""
+    step = rows if device.type != "cpu" else max(at_least, _CPU_BLOCK_BYTES // max(1, bytes_per_row))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, max(1, step)))
