@@ -38,6 +38,8 @@ from qdiff.recipe import LayerPlan, Recipe
 FORMAT_VERSION = 1
 MANIFEST = "qdiff.json"
 TENSORS = "qdiff.safetensors"
+# diffusers 0.42 knows both names and warns of the older.
+_DTYPE_ARGUMENT = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 _FIELDS = {
     "denoiser": str,
@@ -188,7 +190,7 @@ def load(
     except (RuntimeError, LookupError, TypeError, AttributeError, ValueError, OSError, SafetensorError) as error:
         raise ValueError(f"checkpoint {folder} is damaged: {error}; save it again") from error
     pipe = pipeline_class.from_pretrained(
-        str(folder), **{name: denoiser}, torch_dtype=dtypes, use_safetensors=True, local_files_only=True
+        str(folder), **{name: denoiser, _DTYPE_ARGUMENT: dtypes}, use_safetensors=True, local_files_only=True
     )
     return pipe if torch_dtype is None else pipe.to(torch_dtype)
 
