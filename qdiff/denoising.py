@@ -9,7 +9,6 @@ denoisers, or a denoiser and its deep copy, never see each other's timestep.
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -97,9 +96,10 @@ class StepTracker:
 
     def __init__(self, timesteps: Sequence[float]) -> None:
         grid = tuple(float(value) for value in timesteps)
-        if not grid or any(high <= low for low, high in itertools.pairwise(grid)):
+        points = torch.tensor(grid, dtype=torch.float32)  # what distances are measured in
+        if not grid or not points.isfinite().all() or not (points.diff() > 0).all():
             raise ValueError(
-                f"timesteps: got {grid}, expected at least one value, strictly ascending; sort and deduplicate"
+                f"timesteps: got {grid}, expected at least one number, strictly ascending; sort and deduplicate"
             )
         self.timesteps = grid
         self.weights: Tensor | None = None

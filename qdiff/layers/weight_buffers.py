@@ -80,20 +80,22 @@ class WeightBuffers(nn.Module):
             "bias": bias,
         }
         if self.plan.weight_bits == 4:
-            multipliers = weights.multipliers
-            if multipliers is None:
-                raise ValueError(
-                    f"{self.plan.name}: weights.multipliers is None, expected uint8 [N, G] for 4-bit weights"
-                )
             groups = weights.codes_q.shape[1] // self.plan.group_size
             values["codes"] = pack_int4(weights.codes_q, self.plan.group_size)
-            values["multipliers"] = pack_multipliers(
-                multipliers.expand(-1, groups) if multipliers.shape[1] == 1 else multipliers
-            )
+            values["multipliers"] = pack_multipliers(self._multipliers(weights, groups))
         if weights.low_rank is not None:
             values["down"], values["up"] = weights.low_rank
         for name, value in values.items():
             self._fill_buffer(name, value)
+
+    def _multipliers(self, weights: QuantizedWeights, groups: int) -> Tensor:
+        given = weights.multipliers
+        if given is None or given.shape not in ((len(weights.codes_q), 1), (len(weights.codes_q), groups)):
+            shape = None if given is None else tuple(given.shape)
+            raise ValueError(
+                f"{self.plan.name}: multipliers have shape {shape}, expected [N, {groups}] or [N, 1] for 4 bits"
+            )
+        return given.expand(-1, groups)
 
     def _fill_buffer(self, name: str, value: Tensor | None) -> None:
         buffer = getattr(self, name)

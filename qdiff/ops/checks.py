@@ -25,12 +25,19 @@ def check_int4_weight(
     codes: Tensor, multipliers: Tensor, scale: Tensor, group_size: int, k: int, device: torch.device
 ) -> None:
     """Raise a ValueError unless these are the packed 4-bit weights of a matrix [N, k]."""
-    if group_size < 2 or group_size % 2 or k % group_size:
-        raise ValueError(f"group_size: got {group_size} for {k} weights a row, expected an even divisor")
+    check_group_size(group_size, [k])
     n = codes.shape[0]
     check_tensor("codes", codes, [torch.uint8], [None, k // 2], device)
     check_tensor("multipliers", multipliers, [torch.uint8], [n, (k // group_size + 1) // 2], device)
     check_tensor("scale", scale, [torch.float32], [n], device)
+
+
+def check_group_size(group_size: int, segments: Sequence[int]) -> None:
+    """Raise a ValueError unless groups of this size can be packed, and none crosses a segment."""
+    if group_size < 2 or group_size % 2 or any(width % group_size for width in segments):
+        raise ValueError(
+            f"group_size: got {group_size} for segments of {list(segments)}, expected an even divisor of each"
+        )
 
 
 def check_int8_weight(codes: Tensor, scale: Tensor, k: int, device: torch.device) -> None:

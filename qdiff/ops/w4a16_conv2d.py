@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qdiff.numerics.gemm_layout import channels_to_gemm, from_gemm
-from qdiff.ops.checks import FLOATS, check_bias_and_dtype, check_segments, check_tensor
+from qdiff.ops.checks import FLOATS, check_bias_and_dtype, check_group_size, check_segments, check_tensor
 from qdiff.ops.w4a16_linear import check_float_weight, float_weight
 from qdiff.ops.w8a8_conv2d import check_geometry, empty_conv_output
 
@@ -44,6 +44,8 @@ def w4a16_conv2d(
     check_tensor("x", x, FLOATS, [None] * 4, x.device)
     check_geometry(x.shape, kernel, stride, padding)
     check_segments(segments, x.shape[1])
+    if multipliers is not None:
+        check_group_size(group_size, segments)
     taps = kernel[0] * kernel[1]
     if smooth is not None:
         check_tensor("smooth", smooth, [torch.float32], [x.shape[1]], x.device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qdiff.numerics.packing import expand_int4
-from qdiff.ops.checks import check_int4_weight
+from qdiff.ops.checks import check_group_size, check_int4_weight
 from qdiff.ops.w8a8_conv2d import check_conv_input, empty_conv_output, int8_conv2d
 
 
@@ -45,6 +45,7 @@ def w4a8_conv2d(
         out_dtype [B, N, H', W'] in channels-last order.
     """
     check_conv_input(x_codes, x_scale, codes.shape[0], bias, kernel, stride, padding, segments, out_dtype)
+    check_group_size(group_size, segments)
     k = x_codes.shape[1] * kernel[0] * kernel[1]
     check_int4_weight(codes, multipliers, scale, group_size, k, x_codes.device)
     weight = expand_int4(codes, multipliers, group_size)

@@ -54,7 +54,7 @@ def int8_linear(
     rows = x_codes.reshape(-1, x_codes.shape[-1])
     m, n = rows.shape[0], weight.shape[0]
     row_scale = x_scale.repeat_interleave(m // max(1, x_scale.shape[0])).unsqueeze(1)
-    low = None if x_low is None else x_low.reshape(m, -1).float()
+    low = None if x_low is None else x_low.reshape(m, x_low.shape[-1]).float()
     up_t = None if up is None else up.float().t()
     bias = None if bias is None else bias.float()
     out = torch.empty(m, n, dtype=out_dtype, device=x_codes.device)

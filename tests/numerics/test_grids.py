@@ -72,7 +72,7 @@ def test_constant_inputs_come_back(make, granularity, group, value):
 
 @every_kind
 def test_codes_agree_with_torch(make):
-    """torch.fake_quantize multiplies by a reciprocal, so values within an ulp of a tie may differ: there are none here."""
+    """torch multiplies by a reciprocal, so values within an ulp of a tie may differ: there are none here."""
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     grid = make(x, 8)
     expected = torch.fake_quantize_per_tensor_affine(x, grid.scale, grid.zero_point.int(), grid.low, grid.high)

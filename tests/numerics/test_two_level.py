@@ -33,7 +33,7 @@ def squared_error(w, scale, multipliers, group_size, importance=None):
 
 
 def free_scale_error(w, group_size, importance=None):
-    """The least error with a free float64 scale for every group, over a grid of 131 clip ratios: finer than the code's own."""
+    """The least error with a free float64 scale for every group, over 131 clip ratios: finer than the code's own."""
     groups = w.double().unflatten(1, (-1, group_size))
     weight = torch.ones_like(groups[:1]) if importance is None else importance.double().view(1, -1, group_size)
     least = torch.full(groups.shape[:2], torch.inf, dtype=torch.double)
@@ -77,7 +77,7 @@ def test_min_max_clips_nothing():
 
 
 def test_an_outlier_group_does_not_silence_the_others():
-    """One group 1e4 times the rest: multipliers end at 15, so the row must choose; no choice may be worse than zeroing."""
+    """One group 1e4 times the rest: multipliers end at 15, so the row must choose, and chooses that group."""
     w = gaussian(4, 256)
     w[:, :64] *= 1e4
     error = squared_error(w, *fit_two_level(w, GROUP), GROUP)
