@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qdiff.demo.measure import MODELS, DemoSettings, Progress, measure
+from qdiff.demo.measure import MODELS, DemoSettings, Progress, measure_model
 from qdiff.demo.present import console_table, drift_chart, make_page, make_report
 from qdiff.evaluation import Report
 
@@ -24,7 +24,7 @@ def run_demo(settings: DemoSettings, out: Path, console: Console) -> Report:
     started = time.perf_counter()
     results = []
     for name in settings.models:
-        results.append(measure(name, settings, Progress(console, started)))
+        results.append(measure_model(name, settings, Progress(console, started)))
     report = make_report(results, settings, time.perf_counter() - started)
     console.print(console_table(results))
     for result in results:
