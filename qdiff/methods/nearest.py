@@ -29,11 +29,18 @@ class Nearest(Rounding):
         return frozenset({"samples"}) if self.search else frozenset()
 
     def round(self, state: LayerState) -> RoundedWeight:
+        return self._round(state, quick=False)
+
+    def preview(self, state: LayerState) -> RoundedWeight:
+        return self._round(state, quick=True)
+
+    def _round(self, state: LayerState, quick: bool) -> RoundedWeight:
         plan, weight = state.plan, state.weight
         importance = state.importance() if self.search else None
         if plan.weight_bits == 4 and plan.granularity == "group":
-            scale, multipliers = fit_two_level(weight, plan.group_size, importance, self.search)
+            scale, multipliers = fit_two_level(weight, plan.group_size, importance, self.search, quick)
             return RoundedWeight(round_two_level(weight, scale, multipliers, plan.group_size), multipliers, scale)
         fit = fit_tensor if plan.granularity == "tensor" else fit_channel
-        codes, multipliers, scale = fit(weight, plan.weight_bits, self.search, importance)
+        # 8 bits gain little from a search, and 46 trials of it are not for comparing candidates.
+        codes, multipliers, scale = fit(weight, plan.weight_bits, self.search and not quick, importance)
         return RoundedWeight(codes, multipliers if plan.weight_bits == 4 else None, scale)
