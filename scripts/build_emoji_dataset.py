@@ -6,11 +6,12 @@ Needs `npm` (fetches four icon packages; versions are pinned below) and `pip ins
 two cores. Writes
 
 * `icons.npz`: `images` uint8 [n, 64, 64, 3];
-* `icons.json`: per icon its name, style, group and caption ("croissant, noto style"), whether it is held out of training,
-  and its class label; plus the list of classes ("Food & Drink, noto style"), and the versions of the packages.
+* `icons.json`: per icon its name, style, group and caption ("croissant, noto style"), whether it is held out of
+  training, and its class label; plus the list of classes ("Food & Drink, noto style"), and the packages' versions.
 
-Left out: skin-tone variants, hidden duplicates, and names that only one of the sets draws (country flags, mostly), so that
-every name can be told from its style. Held out: 500 (name, style) pairs of names drawn in all four styles, one a name.
+Left out: skin-tone variants, hidden duplicates, and names that only one of the sets draws (country flags, mostly), so
+that every name can be told from its style. Held out: 500 (name, style) pairs of names drawn in all four styles, one a
+name.
 """
 
 from __future__ import annotations
@@ -77,13 +78,14 @@ def collect(folder: Path) -> list[dict]:
                 continue
             box = [icon.get(key, icons.get(key, default)) for key, default in _BOX]
             view = " ".join(map(str, box))
-            svg = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{view}">{icon["body"]}</svg>'
+            svg = f'<svg {_NAMESPACES} viewBox="{view}">{icon["body"]}</svg>'
             records.append({"name": name, "style": style, "svg": svg})
     drawn_by = Counter(record["name"] for record in records)
     records = [r | {"group": groups[r["name"]]} for r in records if drawn_by[r["name"]] >= 2 and r["name"] in groups]
     return sorted(records, key=lambda r: (r["name"], r["style"]))
 
 
+_NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 _BOX = (("left", 0), ("top", 0), ("width", 16), ("height", 16))
 
 
@@ -126,7 +128,9 @@ def main() -> None:
     np.savez_compressed(args.out / "icons.npz", images=images)
     table = {"packages": PACKAGES, "classes": classes, "icons": records}
     (args.out / "icons.json").write_text(json.dumps(table, indent=0))
-    print(f"{len(records)} icons, {len({r['name'] for r in records})} names, {len(classes)} classes, {len(held_out)} held out")
+    print(
+        f"{len(records)} icons, {len({r['name'] for r in records})} names, {len(classes)} classes, {len(held_out)} held out"
+    )
 
 
 if __name__ == "__main__":

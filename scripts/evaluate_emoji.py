@@ -130,11 +130,24 @@ def main() -> None:
     dit = DiTPipeline.from_pretrained(args.assets / "emoji-dit").to(device, torch.float32)
     dit.set_progress_bar_config(disable=True)
     labels = list(range(len(table["classes"])))
-    drawn = dit(labels, guidance_scale=GUIDANCE, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0), output_type="np").images
-    grid((drawn * 255).round().astype(np.uint8), table["classes"], columns=9).save(args.assets / "emoji-dit-samples.png")
+    drawn = dit(
+        labels,
+        guidance_scale=GUIDANCE,
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).images
+    grid((drawn * 255).round().astype(np.uint8), table["classes"], columns=9).save(
+        args.assets / "emoji-dit-samples.png"
+    )
 
     where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU"
-    result |= {"settings": settings, "device": where, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+    result |= {
+        "settings": settings,
+        "device": where,
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
     out = args.assets / "benchmarks" / "emoji_models.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")

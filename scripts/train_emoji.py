@@ -8,14 +8,14 @@
     python scripts/train_emoji.py export --assets assets
     python scripts/train_emoji.py import --assets assets    # go on from exported weights, on another machine
 
-Stages: `vae` trains an AutoencoderKL; `decoder` goes on with its decoder alone (latents stay what they were, so it may run
-beside the next two); `sd` a text encoder and a UNet, `dit` a class-conditional transformer, both on the VAE's latents;
-`export` writes `emoji-sd` (StableDiffusionPipeline), `emoji-dit` (DiTPipeline) as float16 safetensors and the log beside
-them; `import` makes checkpoints of these again, without optimizer state.
+Stages: `vae` trains an AutoencoderKL; `decoder` goes on with its decoder alone (latents stay what they were, so it may
+run beside the next two); `sd` a text encoder and a UNet, `dit` a class-conditional transformer, both on the VAE's
+latents; `export` writes `emoji-sd` (StableDiffusionPipeline), `emoji-dit` (DiTPipeline) as float16 safetensors and the
+log beside them; `import` makes checkpoints of these again, without optimizer state.
 
 `--minutes` is the length of this piece, `--plan` the length of the whole stage: the learning rate follows the share of
-the plan that is done, over all pieces. Each piece ends with a checkpoint in `--work`, from which the next one resumes, and
-appends to `--work/log.jsonl`: stage, step, seconds, loss, images a second, device, number of processes.
+the plan that is done, over all pieces. Each piece ends with a checkpoint in `--work`, from which the next one resumes,
+and appends to `--work/log.jsonl`: stage, step, seconds, loss, images a second, device, number of processes.
 
 bf16 autocast, channels-last, torch.compile (`--no-compile` turns it off), EMA weights are what is exported.
 """
@@ -55,7 +55,7 @@ NOISE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, 
 SAMPLING = NOISE | {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 
 
-# --- models -------------------------------------------------------------------------------------------------------------
+# --- models ----------------------------------------------------------------------------------------------------------
 
 
 def make_vae() -> AutoencoderKL:
@@ -104,7 +104,11 @@ def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
     learner = Tokenizer(models.BPE(unk_token=end, end_of_word_suffix="</w>"))
     learner.normalizer = normalizers.Lowercase()
     learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(" ", "removed"),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     trainer = trainers.BpeTrainer(
         vocab_size=2048,
@@ -116,7 +120,15 @@ def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
     learner.train_from_iterator(captions, trainer)
     model = json.loads(learner.to_str())["model"]
     vocab, merges = model["vocab"], [tuple(m) for m in model["merges"]]
-    return CLIPTokenizer(vocab=vocab, merges=merges, bos_token=start, eos_token=end, pad_token=end, unk_token=end, model_max_length=TOKENS)
+    return CLIPTokenizer(
+        vocab=vocab,
+        merges=merges,
+        bos_token=start,
+        eos_token=end,
+        pad_token=end,
+        unk_token=end,
+        model_max_length=TOKENS,
+    )
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -134,7 +146,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-# --- what is trained: modules whose forward is the loss of one batch --------------------------------------------------
+# --- what is trained: modules whose forward is the loss of one batch -------------------------------------------------
 
 
 class ReconstructionLoss(nn.Module):
@@ -150,7 +162,6 @@ class ReconstructionLoss(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         posterior = self.vae.encode(images).latent_dist
-        # Diffusion samples lie near the posterior's mean: the decoder is finished on means, with the noise they come with.
         latents = posterior.sample()
         decoded = self.vae.decode(latents).sample
         loss = F.l1_loss(decoded, images) + 2 * F.mse_loss(decoded, images)
@@ -211,7 +222,7 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     return tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
 
 
-# --- data --------------------------------------------------------------------------------------------------------------
+# --- data ------------------------------------------------------------------------------------------------------------
 
 
 def load_icons(folder: Path) -> tuple[Tensor, dict]:
@@ -229,7 +240,7 @@ def encode_all(vae: AutoencoderKL, images: Tensor, device: torch.device) -> Tens
     return torch.cat([vae.encode(to_range(b.to(device))).latent_dist.mean.float() for b in images.split(256)])
 
 
-# --- the loop --------------------------------------------------------------------------------------------------------------
+# --- the loop --------------------------------------------------------------------------------------------------------
 
 
 # Images a process and step, peak learning rate, EMA decay.
@@ -247,7 +258,9 @@ def learning_rate(share: float, step: int) -> float:
     return min(1.0, (step + 1) / 300) * decay
 
 
-def train(stage: str, trainee: nn.Module, data: tuple[Tensor, ...], accelerator: Accelerator, args: argparse.Namespace) -> dict:
+def train(
+    stage: str, trainee: nn.Module, data: tuple[Tensor, ...], accelerator: Accelerator, args: argparse.Namespace
+) -> dict:
     """Run one piece; returns the checkpoint: EMA weights, and what is needed to go on."""
     settings = SETTINGS[stage] | ({"batch": args.batch} if args.batch else {})
     device = accelerator.device
@@ -260,7 +273,9 @@ def train(stage: str, trainee: nn.Module, data: tuple[Tensor, ...], accelerator:
     if state:
         ema.load_state_dict(state["ema"])
     parameters = [p for p in trainee.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings["rate"], betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings["rate"], betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
+    )
     if state and "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
     step, spent = (state["step"], state["seconds"]) if state else (0, 0.0)
@@ -300,7 +315,15 @@ def train(stage: str, trainee: nn.Module, data: tuple[Tensor, ...], accelerator:
         images += settings["batch"] * accelerator.num_processes
         step += 1
         if step % 20 == 0 and time.time() - lap > 10:
-            log(accelerator, args.work, stage, step, spent + time.time() - start, torch.stack(losses).mean().item(), images / (time.time() - lap))
+            log(
+                accelerator,
+                args.work,
+                stage,
+                step,
+                spent + time.time() - start,
+                torch.stack(losses).mean().item(),
+                images / (time.time() - lap),
+            )
             lap, losses, images = time.time(), [], 0
     checkpoint = {
         "ema": ema.state_dict(),
@@ -319,14 +342,20 @@ def log(accelerator: Accelerator, work: Path, stage: str, step: int, seconds: fl
     if not accelerator.is_main_process:
         return
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    record = {"stage": stage, "step": step, "seconds": round(seconds, 1), "loss": round(loss, 5), "images_per_second": round(speed)}
+    record = {
+        "stage": stage,
+        "step": step,
+        "seconds": round(seconds, 1),
+        "loss": round(loss, 5),
+        "images_per_second": round(speed),
+    }
     record |= {"device": device, "processes": accelerator.num_processes, "torch": torch.__version__}
     with (work / "log.jsonl").open("a") as f:
         f.write(json.dumps(record) + "\n")
     print(record, flush=True)
 
 
-# --- stages ---------------------------------------------------------------------------------------------------------------
+# --- stages ----------------------------------------------------------------------------------------------------------
 
 
 def load_vae(work: Path, stages: tuple[str, ...] = ("decoder", "vae")) -> AutoencoderKL:
@@ -343,7 +372,9 @@ def part_of(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 def run_stage(args: argparse.Namespace) -> None:
     # The null class's rows of unused labels get no gradient; DDP only minds parameters no rank ever uses.
-    accelerator = Accelerator(mixed_precision="bf16", kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
+    accelerator = Accelerator(
+        mixed_precision="bf16", kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    )
     torch.manual_seed(0)  # the same initial weights in every process
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
@@ -397,10 +428,14 @@ def export(args: argparse.Namespace) -> None:
     pipe.to(torch.float16).save_pretrained(args.assets / "emoji-sd", max_shard_size=MAX_SHARD)
 
     transformer = make_transformer()
-    transformer.load_state_dict(part_of(torch.load(args.work / "dit.pt", map_location="cpu", weights_only=True)["ema"], "transformer"))
+    transformer.load_state_dict(
+        part_of(torch.load(args.work / "dit.pt", map_location="cpu", weights_only=True)["ema"], "transformer")
+    )
     # The names contain commas, which DiTPipeline would take for synonyms.
     names = {i: name.replace(",", " ·") for i, name in enumerate(table["classes"])}
-    DiTPipeline(transformer.half(), vae, ddim, id2label=names).save_pretrained(args.assets / "emoji-dit", max_shard_size=MAX_SHARD)
+    DiTPipeline(transformer.half(), vae, ddim, id2label=names).save_pretrained(
+        args.assets / "emoji-dit", max_shard_size=MAX_SHARD
+    )
 
     shutil.copy(args.work / "log.jsonl", args.assets / LOG)
     held_out = [{k: icon[k] for k in ("caption", "name", "style")} for icon in icons if icon["held_out"]]
@@ -415,10 +450,14 @@ def import_weights(args: argparse.Namespace) -> None:
     trained: dict[str, dict[str, nn.Module]] = {
         "decoder": {"vae": vae},
         "sd": {
-            "text_encoder": CLIPTextModel.from_pretrained(args.assets / "emoji-sd", subfolder="text_encoder", dtype=torch.float32),
+            "text_encoder": CLIPTextModel.from_pretrained(
+                args.assets / "emoji-sd", subfolder="text_encoder", dtype=torch.float32
+            ),
             "unet": UNet2DConditionModel.from_pretrained(args.assets / "emoji-sd", subfolder="unet"),
         },
-        "dit": {"transformer": DiTTransformer2DModel.from_pretrained(args.assets / "emoji-dit", subfolder="transformer")},
+        "dit": {
+            "transformer": DiTTransformer2DModel.from_pretrained(args.assets / "emoji-dit", subfolder="transformer")
+        },
     }
     for stage, modules in trained.items():
         last = [r for r in records if r["stage"] == stage][-1]
