@@ -128,9 +128,8 @@ def main() -> None:
     np.savez_compressed(args.out / "icons.npz", images=images)
     table = {"packages": PACKAGES, "classes": classes, "icons": records}
     (args.out / "icons.json").write_text(json.dumps(table, indent=0))
-    print(
-        f"{len(records)} icons, {len({r['name'] for r in records})} names, {len(classes)} classes, {len(held_out)} held out"
-    )
+    names = {record["name"] for record in records}
+    print(f"{len(records)} icons, {len(names)} names, {len(classes)} classes, {len(held_out)} held out")
 
 
 if __name__ == "__main__":
