@@ -61,6 +61,14 @@ def test_within_three_percent_when_inputs_differ_in_importance():
     assert squared_error(w, scale, multipliers, GROUP, importance) < 0.97 * unweighted
 
 
+@pytest.mark.parametrize("make", [gaussian, laplace], ids=["gaussian", "laplace"])
+def test_a_quick_fit_is_near_the_full_one(make):
+    """0.6 % of the squared error is measured."""
+    w = make()
+    quick = squared_error(w, *fit_two_level(w, GROUP, quick=True), GROUP)
+    assert quick <= 1.015 * squared_error(w, *fit_two_level(w, GROUP), GROUP)
+
+
 def test_search_beats_min_max_and_one_scale_a_channel():
     w = laplace()
     searched = squared_error(w, *fit_two_level(w, GROUP), GROUP)
