@@ -433,9 +433,9 @@ def export(args: argparse.Namespace) -> None:
     )
     # The names contain commas, which DiTPipeline would take for synonyms.
     names = {i: name.replace(",", " ·") for i, name in enumerate(table["classes"])}
-    DiTPipeline(transformer.half(), vae, ddim, id2label=names).save_pretrained(
-        args.assets / "emoji-dit", max_shard_size=MAX_SHARD
-    )
+    dit = DiTPipeline(transformer.half(), vae, ddim, id2label=names)
+    dit.register_to_config(id2label=names)  # the pipeline reads it from its config, and does not put it there
+    dit.save_pretrained(args.assets / "emoji-dit", max_shard_size=MAX_SHARD)
 
     shutil.copy(args.work / "log.jsonl", args.assets / LOG)
     held_out = [{k: icon[k] for k in ("caption", "name", "style")} for icon in icons if icon["held_out"]]
