@@ -352,34 +352,52 @@ def _methods_from(data: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-# First and last layers of the UNets and DiTs of diffusers: they see pixels or latents and cost few bytes.
-DEFAULT_KEEP = ("conv_in", "conv_out", "pos_embed.proj", "x_embedder", "proj_out", "proj_out_*")
+# First and last layers of the UNets and DiTs of diffusers: they see pixels or latents and cost few bytes. Measured on
+# emoji-dit: `proj_out_2` alone at 4 bits costs 6 % of denoiser error, with 0.05 % of the weights.
+DEFAULT_KEEP = ("conv_in", "conv_out", "pos_embed.proj", "x_embedder", "proj_out", "proj_out_2")
 
-# Time embeddings depend on the timestep alone and steer every block: 8 bits cost little and are nearly exact.
-_EMBEDDING_WEIGHT = WeightSpec(bits=8, group_size=-1, granularity="channel")
-DEFAULT_OVERRIDES = tuple(
-    LayerOverride(pattern, weight=_EMBEDDING_WEIGHT, transforms=())
-    for pattern in ("*time_embedding*", "*timestep_embedder*")
+_EIGHT_BIT = WeightSpec(bits=8, group_size=-1, granularity="channel")
+
+# Embeddings of the timestep that all blocks share. Those that a DiT repeats in every block are 8 % of its weights, and
+# at 4 bits make 1 % of its squared error: they are as the other layers.
+_TIME_EMBEDDINGS = ("*time_embedding*", "adaln_single*", "time_text_embed*", "time_embed*")
+# What the residual stream passes through, and the values of attention. With each kind of layer alone at 4 bits, these
+# make half of the squared denoiser error of emoji-sd with a sixth of its weights, and a fifth of emoji-dit's with a
+# twelfth.
+_SENSITIVE = (
+    "*attentions.*.proj_in",
+    "*attentions.*.proj_out",
+    "*.conv_shortcut",
+    "*samplers.*.conv",
+    "*.to_v",
+    "*.to_out.0",
+    "proj_out_1",
+)
+# What a low-rank branch takes from these does not show in the denoiser's output (measured on emoji-dit).
+_WITHOUT_BRANCH = ("*.norm1.linear", "transformer_blocks.*timestep_embedder*")
+
+DEFAULT_OVERRIDES = (
+    *(LayerOverride(pattern, weight=_EIGHT_BIT, transforms=()) for pattern in (*_TIME_EMBEDDINGS, *_SENSITIVE)),
+    *(LayerOverride(pattern, transforms=()) for pattern in _WITHOUT_BRANCH),
 )
 
+# "minmax": measured, a convolution's 8-bit input errs as little with it as with "mse", and needs no histograms.
 _W4A8 = Recipe(
     name="w4a8",
-    transforms=(MethodSpec.of("smoothing"), MethodSpec.of("low_rank")),
+    transforms=(MethodSpec.of("smoothing"), MethodSpec.of("low_rank", budget=0.05, min_gain=0.1)),
     rounding=MethodSpec.of("nearest"),
     linear_range=MethodSpec.of("dynamic"),
-    conv_range=MethodSpec.of("temporal"),
+    conv_range=MethodSpec.of("temporal", estimator="minmax"),
     keep=DEFAULT_KEEP,
     overrides=DEFAULT_OVERRIDES,
 )
 
 PRESETS: Mapping[str, Recipe] = {
     "w4a8": _W4A8,
-    "w4a8-static": _W4A8.replace(name="w4a8-static", conv_range=MethodSpec.of("static", estimator="mse")),
+    "w4a8-static": _W4A8.replace(name="w4a8-static", conv_range=MethodSpec.of("static", estimator="minmax")),
     "w4a16": _W4A8.replace(name="w4a16", activation_bits=16),
     "w8a8": _W4A8.replace(
-        name="w8a8",
-        weight=WeightSpec(bits=8, group_size=-1, granularity="channel"),
-        transforms=(MethodSpec.of("smoothing"),),
+        name="w8a8", weight=_EIGHT_BIT, transforms=(MethodSpec.of("smoothing", alpha=0.5),), overrides=()
     ),
     "naive-w4a8": _W4A8.replace(
         name="naive-w4a8",
@@ -388,6 +406,7 @@ PRESETS: Mapping[str, Recipe] = {
         rounding=MethodSpec.of("nearest", search=False),
         linear_range=MethodSpec.of("static", estimator="minmax"),
         conv_range=MethodSpec.of("static", estimator="minmax"),
+        overrides=tuple(LayerOverride(pattern, weight=_EIGHT_BIT) for pattern in _TIME_EMBEDDINGS),
         split_skips=False,
     ),
 }

@@ -65,7 +65,7 @@ def test_options_compare_as_mappings_whatever_their_order():
 
 def test_default_recipe_keeps_first_and_last_layers():
     recipe = Recipe.preset("w4a8")
-    for layer in ("conv_in", "conv_out", "pos_embed.proj", "proj_out_1", "proj_out_2"):
+    for layer in ("conv_in", "conv_out", "pos_embed.proj", "proj_out_2"):
         assert recipe.kept_by(layer) in DEFAULT_KEEP
     for layer in ("mid_block.attentions.0.proj_out", "down_blocks.0.resnets.0.conv1", "norm_out.linear"):
         assert recipe.kept_by(layer) is None
@@ -81,6 +81,25 @@ def test_plan_of_a_convolution():
 def test_plan_of_a_time_embedding_is_8_bit_without_transforms():
     plan = Recipe.preset("w4a8").plan("time_embedding.linear_1", "linear", (100,))
     assert (plan.weight_bits, plan.group_size, plan.transforms, plan.range_mode) == (8, -1, (), "dynamic")
+
+
+@pytest.mark.parametrize(
+    ("layer", "bits"),
+    [
+        ("down_blocks.0.attentions.1.proj_in", 8),
+        ("up_blocks.1.resnets.0.conv_shortcut", 8),
+        ("up_blocks.1.upsamplers.0.conv", 8),
+        ("mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0", 8),
+        ("proj_out_1", 8),
+        ("up_blocks.1.resnets.0.conv1", 4),
+        ("mid_block.attentions.0.transformer_blocks.0.attn1.to_k", 4),
+        ("single_transformer_blocks.3.proj_out", 4),
+        ("transformer_blocks.0.norm1.emb.timestep_embedder.linear_1", 4),
+        ("adaln_single.emb.timestep_embedder.linear_1", 8),
+    ],
+)
+def test_default_bits_follow_what_was_measured(layer, bits):
+    assert Recipe.preset("w4a8").plan(layer, "linear", (64,)).weight_bits == bits
 
 
 def test_plan_of_an_embedding_has_no_activation():

@@ -30,19 +30,22 @@ class LowRank(Transform):
     rank:        of the branch; None: as large as `budget` allows.
     budget:      the branch's bytes over those of the 4-bit layer.
     iterations:  of W_s - Q(R).
-    min_gain:    the branch is dropped where it takes less than this fraction off the output error's norm.
+    min_gain:    the branch has to earn its bytes: it is dropped where it takes less than this fraction off the output
+                 error's norm.
     """
 
     rank: int | None = None
     budget: float = 0.10
     iterations: int = 4
-    min_gain: float = 0.01
+    min_gain: float = 0.05
 
     def __post_init__(self) -> None:
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
             raise ValueError(f"low_rank.rank must be a positive integer or None: got {self.rank!r}")
         if not 0 < self.budget <= 1:
             raise ValueError(f"low_rank.budget must be in (0, 1]: got {self.budget!r}")
+        if not 0 <= self.min_gain < 1:
+            raise ValueError(f"low_rank.min_gain must be in [0, 1): got {self.min_gain!r}")
         if self.iterations < 1:
             raise ValueError(f"low_rank.iterations must be at least 1: got {self.iterations!r}")
 

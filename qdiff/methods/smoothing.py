@@ -35,15 +35,20 @@ class Smoothing(Transform):
 
     alpha: a number gives SmoothQuant's l with a = alpha; "search" tries both kinds of l, and none, and takes the least
            output error on the samples with weights and activations quantized.
+    min_gain: the search leaves a layer alone where it takes less than this fraction off the output error's norm: such a
+           gain on few samples does not carry over to others.
     Law: alpha = "search" never makes that error worse.
     """
 
     alpha: float | str = SEARCH
+    min_gain: float = 0.03
 
     def __post_init__(self) -> None:
         number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool) and 0 <= self.alpha <= 1
         if self.alpha != SEARCH and not number:
             raise ValueError(f"smoothing.alpha must be a number in [0, 1] or {SEARCH!r}: got {self.alpha!r}")
+        if not 0 <= self.min_gain < 1:
+            raise ValueError(f"smoothing.min_gain must be in [0, 1): got {self.min_gain!r}")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -63,8 +68,8 @@ class Smoothing(Transform):
         candidates = [None, *(factors(state, *point) for point in GRID)]
         errors = [_error(smoothed(trial, factor), preview=True) for factor in candidates]
         best = candidates[min(range(len(errors)), key=errors.__getitem__)]
-        if _error(smoothed(trial, best), preview=False) > _error(trial, preview=False):
-            best = None
+        if _error(smoothed(trial, best), preview=False) > (1 - self.min_gain) ** 2 * _error(trial, preview=False):
+            best = None  # squared norms
         return smoothed(state, best)
 
 

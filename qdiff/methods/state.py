@@ -43,6 +43,7 @@ class LayerState:
     statistics: LayerStatistics | None = None
     smooth: Float[Tensor, " C"] | None = None
     low_rank: LowRankBranch | None = None
+    _balance: Float[Tensor, "R 1"] | None = dataclasses.field(default=None, repr=False)
     _raw_inputs: Float[Tensor, "R K"] | None = dataclasses.field(default=None, repr=False)
 
     @property
@@ -95,9 +96,28 @@ class LayerState:
         return torch.where(bounds > 0, bounds / ACTIVATION_LEVELS, 1.0)
 
     def importance(self) -> Float[Tensor, " K"] | None:
-        """Mean square of every (smoothed) input: what a squared error of its weights costs; None without samples."""
+        """Mean square of every (smoothed) input: what a squared error of its weights costs; None without samples.
+
+        Every timestep counts alike, however large its activations: see `balance`.
+        """
         inputs = self.inputs()
-        return None if inputs is None else inputs.square().mean(0)
+        return None if inputs is None else (inputs * self.balance()).square().mean(0)
+
+    def balance(self) -> Float[Tensor, "R 1"]:
+        """One over the root mean square of the raw input at each sample's timestep.
+
+        The sampler adds up the relative errors of all steps: one with large activations must not drown the others.
+        """
+        if self.statistics is None or self.statistics.samples is None:
+            raise ValueError(f"{self.plan.name}: no calibration samples to balance")
+        if self._balance is None:
+            energy = self.statistics.samples.values.float().square().mean((1, 2))
+            of_row = self.statistics.samples.timesteps
+            steps = len(self.statistics.timesteps)
+            sums = torch.zeros(steps, device=energy.device).index_add_(0, of_row, energy)
+            mean = sums / of_row.bincount(minlength=steps).clamp_min(1)
+            self._balance = torch.where(mean > 0, mean.rsqrt(), 1.0)[of_row, None]
+        return self._balance
 
     def output_error(self, rounded: RoundedWeight) -> float:
         """Relative squared error of the layer's output on the samples, activations quantized as they will be.
@@ -108,6 +128,7 @@ class LayerState:
         if inputs is None or quantized is None:
             error, whole = self.weight - rounded.dequantize(), self.whole_weight()
         else:
+            inputs, quantized = inputs * self.balance(), quantized * self.balance()
             error = inputs @ self.weight.T - quantized @ rounded.dequantize().T
             whole = inputs @ self.whole_weight().T
         return float(error.square().sum() / whole.square().sum().clamp_min(torch.finfo(torch.float32).tiny))

@@ -65,6 +65,8 @@ def test_options_reach_the_method():
         (lambda: resolve(MethodSpec.of("low_rank", rank=0)), "positive integer or None: got 0"),
         (lambda: resolve(MethodSpec.of("low_rank", budget=2)), "budget must be in"),
         (lambda: resolve(MethodSpec.of("low_rank", iterations=0)), "iterations must be at least 1"),
+        (lambda: resolve(MethodSpec.of("low_rank", min_gain=1.0)), "low_rank.min_gain"),
+        (lambda: resolve(MethodSpec.of("smoothing", min_gain=-1.0)), "smoothing.min_gain"),
         (lambda: resolve(MethodSpec.of("smoothing", alpha=1.5)), "got 1.5"),
         (lambda: resolve(MethodSpec.of("smoothing", alpha="auto")), "got 'auto'"),
         (lambda: resolve(MethodSpec.of("static", estimator="kl")), "one of minmax, percentile, mse: got 'kl'"),
