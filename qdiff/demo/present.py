@@ -156,8 +156,8 @@ def make_page(results: Sequence[ModelResult], report: Report) -> str:
             "turn along the way can score low and look as good.",
             f"{settings['pictures']} pictures a model, captions and classes drawn at random; {settings['steps']} "
             f"steps, guidance {settings['guidance_scale']:g}, {seeds}; calibrated on built-in prompts, "
-            f"{settings['calibration']['steps']} steps; {settings['threads']} CPU threads. Every figure, and each "
-            "picture's, is in report.json.",
+            f"{settings['calibration']['steps']} steps; {settings['threads']} CPU threads. Seconds are of one run: "
+            "what else the machine was doing is in them. Every figure, and each picture's, is in report.json.",
             f"Measured with {versions}.",
         ],
     )
