@@ -12,8 +12,8 @@ from qdiff.methods.contract import Transform
 from qdiff.methods.registry import register
 from qdiff.methods.state import LayerState, LowRankBranch
 
-# Of the randomized range finder: eight spare directions and three power iterations find the leading subspace of a
-# weight to float32 accuracy (Halko, Martinsson and Tropp, arXiv 0909.4061, section 4.5).
+# Of the randomized range finder (Halko, Martinsson and Tropp, arXiv 0909.4061, section 4.5): eight spare directions and
+# three power iterations leave a residual within 1 % of the SVD's, even of a random matrix (see the tests).
 SPARE = 8
 POWER_ITERATIONS = 3
 
