@@ -381,20 +381,19 @@ DEFAULT_OVERRIDES = (
     *(LayerOverride(pattern, transforms=()) for pattern in _WITHOUT_BRANCH),
 )
 
-# "minmax": measured, a convolution's 8-bit input errs as little with it as with "mse", and needs no histograms.
 _W4A8 = Recipe(
     name="w4a8",
     transforms=(MethodSpec.of("smoothing"), MethodSpec.of("low_rank", budget=0.05, min_gain=0.1)),
     rounding=MethodSpec.of("nearest"),
     linear_range=MethodSpec.of("dynamic"),
-    conv_range=MethodSpec.of("temporal", estimator="minmax"),
+    conv_range=MethodSpec.of("temporal"),
     keep=DEFAULT_KEEP,
     overrides=DEFAULT_OVERRIDES,
 )
 
 PRESETS: Mapping[str, Recipe] = {
     "w4a8": _W4A8,
-    "w4a8-static": _W4A8.replace(name="w4a8-static", conv_range=MethodSpec.of("static", estimator="minmax")),
+    "w4a8-static": _W4A8.replace(name="w4a8-static", conv_range=MethodSpec.of("static")),
     "w4a16": _W4A8.replace(name="w4a16", activation_bits=16),
     "w8a8": _W4A8.replace(
         name="w8a8", weight=_EIGHT_BIT, transforms=(MethodSpec.of("smoothing", alpha=0.5),), overrides=()

@@ -97,17 +97,9 @@ def grid(images: np.ndarray, captions: list[str], columns: int) -> Image.Image:
     return sheet
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data/emoji"))
-    parser.add_argument("--assets", type=Path, default=Path("assets"))
-    parser.add_argument("--batch", type=int, default=64)
-    args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
+def judge_text_to_image(args: argparse.Namespace, device: torch.device) -> dict:
     images = np.load(args.data / "icons.npz")["images"]
-    table = json.loads((args.data / "icons.json").read_text())
-    icons = table["icons"]
+    icons = json.loads((args.data / "icons.json").read_text())["icons"]
     names = [icon["name"] for icon in icons]
     rng = random.Random(0)
     seen = rng.sample([icon for icon in icons if not icon["held_out"]], COUNT)
@@ -126,32 +118,39 @@ def main() -> None:
         share = recognised(extract(drawn), [icon["name"] for icon in chosen], real, names)
         result[f"{key}_captions_recognised"] = round(share, 4)
         print(result, flush=True)
-    settings = {"steps": STEPS, "guidance": GUIDANCE, "scheduler": "DDIM", "captions": COUNT, "neighbours": NEIGHBOURS}
-    dit = DiTPipeline.from_pretrained(args.assets / "emoji-dit").to(device, torch.float32)
-    dit.set_progress_bar_config(disable=True)
-    labels = list(range(len(table["classes"])))
-    drawn = dit(
-        labels,
-        guidance_scale=GUIDANCE,
-        num_inference_steps=STEPS,
-        generator=torch.Generator().manual_seed(0),
-        output_type="np",
-    ).images
-    grid((drawn * 255).round().astype(np.uint8), table["classes"], columns=9).save(
-        args.assets / "emoji-dit-samples.png"
-    )
+    return result
 
-    where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU"
-    result |= {
-        "settings": settings,
-        "device": where,
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-    out = args.assets / "benchmarks" / "emoji_models.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+
+def draw_classes(args: argparse.Namespace, device: torch.device) -> None:
+    pipe = DiTPipeline.from_pretrained(args.assets / "emoji-dit").to(device, torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    names = sorted(pipe.labels, key=pipe.labels.get)
+    generator = torch.Generator().manual_seed(0)
+    settings = {"guidance_scale": GUIDANCE, "num_inference_steps": STEPS, "generator": generator, "output_type": "np"}
+    drawn = pipe([pipe.labels[name] for name in names], **settings).images
+    captions = [name.replace(" · ", ", ") for name in names]
+    grid((drawn * 255).round().astype(np.uint8), captions, columns=9).save(args.assets / "emoji-dit-samples.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data/emoji"))
+    parser.add_argument("--assets", type=Path, default=Path("assets"))
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--models", nargs="+", choices=["emoji-sd", "emoji-dit"], default=["emoji-sd", "emoji-dit"])
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if "emoji-dit" in args.models:
+        draw_classes(args, device)
+    if "emoji-sd" in args.models:
+        result = judge_text_to_image(args, device)
+        settings = {"steps": STEPS, "guidance": GUIDANCE, "scheduler": "DDIM", "captions": COUNT}
+        where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU"
+        result |= {"settings": settings | {"neighbours": NEIGHBOURS}, "device": where, "torch": torch.__version__}
+        result["date"] = datetime.date.today().isoformat()
+        out = args.assets / "benchmarks" / "emoji_models.json"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

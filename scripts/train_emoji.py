@@ -426,6 +426,9 @@ def export(args: argparse.Namespace) -> None:
     unet.load_state_dict(part_of(sd, "unet"))
     pipe = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, ddim, None, None, requires_safety_checker=False)  # type: ignore[arg-type]
     pipe.to(torch.float16).save_pretrained(args.assets / "emoji-sd", max_shard_size=MAX_SHARD)
+    # Loaded without a dtype, transformers takes the config's and diffusers float32: they must agree.
+    config = args.assets / "emoji-sd" / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
     transformer = make_transformer()
     transformer.load_state_dict(

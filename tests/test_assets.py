@@ -24,7 +24,7 @@ def test_they_are_small():
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_they_load_with_diffusers_alone_and_draw_something(name):
-    pipe = PIPELINES[name].from_pretrained(ASSETS / name).to(torch.float32)
+    pipe = PIPELINES[name].from_pretrained(ASSETS / name)
     pipe.set_progress_bar_config(disable=True)
     subject = "red heart, noto style" if name == "emoji-sd" else pipe.labels["Smileys & Emotion · noto style"]
     picture = pipe(
@@ -42,7 +42,7 @@ def test_they_load_with_diffusers_alone_and_draw_something(name):
 
 
 def test_a_red_heart_is_red():
-    pipe = StableDiffusionPipeline.from_pretrained(ASSETS / "emoji-sd").to(torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(ASSETS / "emoji-sd")
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     heart = pipe("red heart, twemoji style", num_inference_steps=8, generator=generator, output_type="np").images[0]

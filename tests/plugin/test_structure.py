@@ -126,7 +126,7 @@ FAMILIES = {
     # name: (model, configuration, layers kept, convolutions with a split input: two for each resnet of the up blocks)
     "sd15": (UNet2DConditionModel, {"cross_attention_dim": 768}, {"conv_in", "conv_out"}, 24),
     "sdxl": (UNet2DConditionModel, SDXL, {"conv_in", "conv_out"}, 18),
-    "dit": (DiTTransformer2DModel, {"num_layers": 2}, {"pos_embed.proj", "proj_out_1", "proj_out_2"}, 0),
+    "dit": (DiTTransformer2DModel, {"num_layers": 2}, {"pos_embed.proj", "proj_out_2"}, 0),
     "pixart": (
         PixArtTransformer2DModel,
         {"num_layers": 2, "caption_channels": 4096, "sample_size": 128},
