@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table as RichTable
 
 from qdiff.demo.measure import DEFAULT, FULL, NAIVE, DemoSettings, ModelResult, Variant
@@ -95,11 +96,15 @@ def table_rows(result: ModelResult) -> list[list[str]]:
     return rows
 
 
+# Short enough for a terminal of 80 columns: figures must not be cut.
+HEADINGS = ("", "MB", "of fp16", "error", "PSNR", "SSIM", "quantize", "generate")
+
+
 def console_table(results: Sequence[ModelResult]) -> RichTable:
     """Return the one table of all models."""
-    table = RichTable(caption="\n".join(TABLE_NOTES), caption_justify="left")
-    for column in COLUMNS:
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    table = RichTable(caption="\n".join(TABLE_NOTES), caption_justify="left", box=box.SIMPLE_HEAD)
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for result in results:
         table.add_section()
         table.add_row(f"[bold]{result.name}[/bold]")
@@ -110,7 +115,8 @@ def console_table(results: Sequence[ModelResult]) -> RichTable:
 
 TABLE_NOTES = (
     "MB: all that is stored for the denoiser; what is not quantized counts as fp16.",
-    "Denoiser error: relative, on the inputs of the full-precision run. PSNR and SSIM: paired, same seeds.",
+    "Error: the denoiser's, relative, on the inputs of the full-precision run.",
+    "PSNR (dB) and SSIM: paired, same seeds. Quantize, generate: seconds.",
 )
 
 
