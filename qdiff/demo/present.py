@@ -97,7 +97,7 @@ def table_rows(result: ModelResult) -> list[list[str]]:
 
 
 # Short enough for a terminal of 80 columns: figures must not be cut.
-HEADINGS = ("", "MB", "of fp16", "error", "PSNR", "SSIM", "quantize", "generate")
+HEADINGS = ("", "MB", "of fp16", "error", "PSNR", "SSIM", "quantize", "draw")
 
 
 def console_table(results: Sequence[ModelResult]) -> RichTable:
@@ -116,7 +116,7 @@ def console_table(results: Sequence[ModelResult]) -> RichTable:
 TABLE_NOTES = (
     "MB: all that is stored for the denoiser; what is not quantized counts as fp16.",
     "Error: the denoiser's, relative, on the inputs of the full-precision run.",
-    "PSNR (dB) and SSIM: paired, same seeds. Quantize, generate: seconds.",
+    "PSNR (dB) and SSIM: paired, same seeds. Quantize, draw: seconds.",
 )
 
 
