@@ -32,7 +32,6 @@ from qdiff.demo.measure import DemoSettings, Run, generate, load, replayed_rows
 from qdiff.evaluation import (
     Record,
     Report,
-    Trajectory,
     half_precision_bytes,
     latent_errors,
     paired_quality,
@@ -91,7 +90,6 @@ class Comparison:
         self.bytes = half_precision_bytes(denoiser)
         generate(pipe, self.inputs[:2], settings)  # warm-up: the first run pays for lazy imports and allocations
         self.full = generate(pipe, self.inputs, settings)
-        self.trajectory = Trajectory()
         rows = replayed_rows(settings.replayed, settings)
         with record_denoiser(denoiser, rows) as self.trajectory:
             generate(pipe, self.inputs[: settings.replayed], settings)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from qdiff.calibration.histogram import TensorHistogram
 from qdiff.calibration.statistics import LayerStatistics
+from qdiff.numerics.ranges import LEVELS as ACTIVATION_LEVELS
 from qdiff.recipe import check_choice
 
 ESTIMATORS = ("minmax", "percentile", "mse")
-ACTIVATION_LEVELS = 127
 # Clip ratios tried by "mse": down to 0.15 of absmax, in steps that the flat optimum does not feel (see the tests).
 CLIP_RATIOS = tuple(0.97**exponent for exponent in range(63))
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qdiff.numerics.ranges import LEVELS
 from qdiff.ops.checks import FLOATS, check_divides, check_segments, check_tensor
 from qdiff.ops.row_blocks import row_blocks
 
-LEVELS = 127
 _SMALLEST_SCALE = 1e-30
 
 

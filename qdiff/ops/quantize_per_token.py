@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from qdiff.numerics.ranges import LEVELS
 from qdiff.ops.checks import FLOATS, check_tensor
 from qdiff.ops.row_blocks import row_blocks
 
-LEVELS = 127
 # Below this largest magnitude 127 / absmax would overflow float32; such rows get the step of this magnitude.
 _SMALLEST_ABSMAX = 1e-30
 
