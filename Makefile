@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help test check demo format clean
+.PHONY: help test kernels check demo format clean
 
 help:
 	@echo "make demo    quantize the two small models of assets/ and compare the pictures (out/demo/report.html)"
 	@echo "make test    run the tests"
+	@echo "make kernels the part of 'make test' that compiles every CUDA kernel for every architecture"
 	@echo "make check   formatting, lint, types and the import layers"
 	@echo "make format  rewrite the sources as 'make check' wants them"
 	@echo "make clean   remove what the targets above made"
@@ -21,6 +22,9 @@ $(INSTALLED): pyproject.toml
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+kernels: $(INSTALLED)
+	$(BIN)/python -m pytest tests/kernels
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -28,7 +28,15 @@ class QuantConv2d(WeightBuffers, nn.Conv2d):
         # and means float ones.
         return nn.Conv2d(*args, **kwargs) if args and isinstance(args[0], int) else super().__new__(cls)
 
-    def __init__(self, layer: nn.Conv2d, plan: LayerPlan, *, has_smooth: bool = False, scale_rows: int = 1) -> None:
+    def __init__(
+        self,
+        layer: nn.Conv2d,
+        plan: LayerPlan,
+        *,
+        has_smooth: bool = False,
+        scale_rows: int = 1,
+        has_codebook: bool = False,
+    ) -> None:
         nn.Module.__init__(self)  # not nn.Conv2d's: it would make float parameters
         _check(layer, plan)
         for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
@@ -36,11 +44,18 @@ class QuantConv2d(WeightBuffers, nn.Conv2d):
         for name in ("transposed", "output_padding", "padding_mode", "_reversed_padding_repeated_twice"):
             setattr(self, name, getattr(layer, name))
         taps = self.kernel_size[0] * self.kernel_size[1]
-        self._register(layer.out_channels, layer.in_channels * taps, plan, layer, 0, has_smooth, scale_rows)
+        options = (0, has_smooth, scale_rows, has_codebook)
+        self._register(layer.out_channels, layer.in_channels * taps, plan, layer, *options)
 
     @classmethod
     def empty(
-        cls, layer: nn.Conv2d, plan: LayerPlan, rank: int = 0, has_smooth: bool = False, scale_rows: int = 1
+        cls,
+        layer: nn.Conv2d,
+        plan: LayerPlan,
+        rank: int = 0,
+        has_smooth: bool = False,
+        scale_rows: int = 1,
+        has_codebook: bool = False,
     ) -> QuantConv2d:
         """Every buffer at its final shape and dtype, uninitialized, to load a `state_dict` into.
 
@@ -52,10 +67,11 @@ class QuantConv2d(WeightBuffers, nn.Conv2d):
             rank: 0; convolutions have no low-rank branch.
             has_smooth: whether there is a smoothing vector.
             scale_rows: T, rows of the activation scale table (1 when static; not looked at when there is none).
+            has_codebook: whether 4-bit codes are looked up in a codebook.
         """
         if rank:
             raise ValueError(f"{plan.name}: rank={rank}, expected 0: convolutions have no low-rank branch")
-        return cls(layer, plan, has_smooth=has_smooth, scale_rows=scale_rows)
+        return cls(layer, plan, has_smooth=has_smooth, scale_rows=scale_rows, has_codebook=has_codebook)
 
     @classmethod
     @torch.no_grad()
@@ -66,7 +82,8 @@ class QuantConv2d(WeightBuffers, nn.Conv2d):
                 f"{plan.name}: weights.low_rank is given, expected None: convolutions have no low-rank branch"
             )
         scale_rows = 1 if weights.act_scales is None else weights.act_scales.shape[0]
-        quantized = cls(layer, plan, has_smooth=weights.smooth is not None, scale_rows=scale_rows)
+        has_smooth, has_codebook = weights.smooth is not None, weights.codebook is not None
+        quantized = cls.empty(layer, plan, 0, has_smooth, scale_rows, has_codebook)
         quantized._fill(weights, layer.bias)
         return quantized.train(layer.training)
 
@@ -75,22 +92,23 @@ class QuantConv2d(WeightBuffers, nn.Conv2d):
             return self.forward(x[None])[0]
         plan = self.plan
         geometry = (self.kernel_size, self.stride, self.padding, plan.segments)
+        packed = (self.codes, self.multipliers, self.codebook, self.scale, self.storage_block)
         if plan.range_mode == "none":
-            weight = (self.smooth, self.codes, self.multipliers, self.scale, plan.group_size)
-            return w4a16_conv2d(x, *weight, self.bias, *geometry)
+            return w4a16_conv2d(x, self.smooth, *packed, self.bias, *geometry)
         scale = self._input_scales(x.shape[0])
         codes = quantize_per_sample(x, scale, self.smooth, plan.segments, 1)
-        if self.multipliers is None:
-            return w8a8_conv2d(codes, scale, self.codes, self.scale, self.bias, *geometry, x.dtype)
-        packed = (self.codes, self.multipliers, self.scale, plan.group_size)
-        return w4a8_conv2d(codes, scale, *packed, self.bias, *geometry, x.dtype)
+        added = (self.bias, None, None)
+        if plan.weight_bits == 8:
+            return w8a8_conv2d(codes, scale, self.codes, self.scale, *added, *geometry, x.dtype)
+        return w4a8_conv2d(codes, scale, *packed, *added, *geometry, x.dtype)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The float weight [N, C, kh, kw] that this layer applies to the raw input, made anew on each access."""
         plan, kernel = self.plan, (self.kernel_size[0], self.kernel_size[1])
         smooth = None if self.smooth is None else channels_to_gemm(self.smooth, plan.segments, kernel[0] * kernel[1])
-        matrix = float_weight(smooth, self.codes, self.multipliers, self.scale, plan.group_size, None, None)
+        packed = (self.codes, self.multipliers, self.codebook, self.scale, self.storage_block)
+        matrix = float_weight(smooth, *packed, None, None)
         return from_gemm(matrix, plan.segments, kernel).to(self.compute_dtype)
 
     def extra_repr(self) -> str:

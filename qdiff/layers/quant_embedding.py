@@ -21,7 +21,7 @@ class QuantEmbedding(WeightBuffers, nn.Embedding):
     The output has the dtype of the float table. Its buffers are listed in `WeightBuffers`: N embeddings of width K.
     """
 
-    def __init__(self, layer: nn.Embedding, plan: LayerPlan) -> None:
+    def __init__(self, layer: nn.Embedding, plan: LayerPlan, *, has_codebook: bool = False) -> None:
         nn.Module.__init__(self)  # not nn.Embedding's: it would make a float table
         if layer.max_norm is not None or plan.segments != (layer.embedding_dim,) or plan.range_mode != "none":
             raise ValueError(
@@ -38,11 +38,17 @@ class QuantEmbedding(WeightBuffers, nn.Embedding):
             "sparse",
         ):
             setattr(self, name, getattr(layer, name))
-        self._register(layer.num_embeddings, layer.embedding_dim, plan, layer, 0, False, 1)
+        self._register(layer.num_embeddings, layer.embedding_dim, plan, layer, has_codebook=has_codebook)
 
     @classmethod
     def empty(
-        cls, layer: nn.Embedding, plan: LayerPlan, rank: int = 0, has_smooth: bool = False, scale_rows: int = 1
+        cls,
+        layer: nn.Embedding,
+        plan: LayerPlan,
+        rank: int = 0,
+        has_smooth: bool = False,
+        scale_rows: int = 1,
+        has_codebook: bool = False,
     ) -> QuantEmbedding:
         """Every buffer at its final shape and dtype, uninitialized, to load a `state_dict` into.
 
@@ -53,10 +59,11 @@ class QuantEmbedding(WeightBuffers, nn.Embedding):
             plan: what is decided about it.
             rank, has_smooth: 0 and False: a table has neither.
             scale_rows: not looked at: a table has no activations.
+            has_codebook: whether 4-bit codes are looked up in a codebook.
         """
         if rank or has_smooth:
             raise ValueError(f"{plan.name}: rank={rank}, has_smooth={has_smooth}, expected neither for an embedding")
-        return cls(layer, plan)
+        return cls(layer, plan, has_codebook=has_codebook)
 
     @classmethod
     @torch.no_grad()
@@ -64,7 +71,7 @@ class QuantEmbedding(WeightBuffers, nn.Embedding):
         """The table with these numbers; the float table is not changed."""
         if weights.low_rank is not None:
             raise ValueError(f"{plan.name}: weights.low_rank is given, expected None for an embedding")
-        quantized = cls(layer, plan)
+        quantized = cls(layer, plan, has_codebook=weights.codebook is not None)
         quantized._fill(weights, None)
         return quantized.train(layer.training)
 
@@ -78,8 +85,9 @@ class QuantEmbedding(WeightBuffers, nn.Embedding):
         return self._rows(slice(None))
 
     def _rows(self, chosen: Tensor | slice) -> Tensor:
-        multipliers = None if self.multipliers is None else self.multipliers[chosen]
-        rows = float_weight(None, self.codes[chosen], multipliers, self.scale[chosen], self.plan.group_size, None, None)
+        multipliers, codebook = (None if t is None else t[chosen] for t in (self.multipliers, self.codebook))
+        packed = (self.codes[chosen], multipliers, codebook, self.scale[chosen], self.storage_block)
+        rows = float_weight(None, *packed, None, None)
         return rows.to(self.compute_dtype)
 
     def extra_repr(self) -> str:

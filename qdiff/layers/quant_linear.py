@@ -24,7 +24,14 @@ class QuantLinear(WeightBuffers, nn.Linear):
     """
 
     def __init__(
-        self, layer: nn.Linear, plan: LayerPlan, *, rank: int = 0, has_smooth: bool = False, scale_rows: int = 1
+        self,
+        layer: nn.Linear,
+        plan: LayerPlan,
+        *,
+        rank: int = 0,
+        has_smooth: bool = False,
+        scale_rows: int = 1,
+        has_codebook: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # not nn.Linear's: it would make float parameters
         self.in_features, self.out_features = layer.in_features, layer.out_features
@@ -32,11 +39,18 @@ class QuantLinear(WeightBuffers, nn.Linear):
             raise ValueError(
                 f"{plan.name}: segments {plan.segments}, expected one of {layer.in_features} for a linear layer"
             )
-        self._register(layer.out_features, layer.in_features, plan, layer, rank, has_smooth, scale_rows)
+        options = (rank, has_smooth, scale_rows, has_codebook)
+        self._register(layer.out_features, layer.in_features, plan, layer, *options)
 
     @classmethod
     def empty(
-        cls, layer: nn.Linear, plan: LayerPlan, rank: int = 0, has_smooth: bool = False, scale_rows: int = 1
+        cls,
+        layer: nn.Linear,
+        plan: LayerPlan,
+        rank: int = 0,
+        has_smooth: bool = False,
+        scale_rows: int = 1,
+        has_codebook: bool = False,
     ) -> QuantLinear:
         """Every buffer at its final shape and dtype, uninitialized, to load a `state_dict` into.
 
@@ -48,8 +62,9 @@ class QuantLinear(WeightBuffers, nn.Linear):
             rank: of the low-rank branch; 0 for none.
             has_smooth: whether there is a smoothing vector.
             scale_rows: T, rows of the activation scale table (1 when static; not looked at when dynamic or none).
+            has_codebook: whether 4-bit codes are looked up in a codebook.
         """
-        return cls(layer, plan, rank=rank, has_smooth=has_smooth, scale_rows=scale_rows)
+        return cls(layer, plan, rank=rank, has_smooth=has_smooth, scale_rows=scale_rows, has_codebook=has_codebook)
 
     @classmethod
     @torch.no_grad()
@@ -57,41 +72,36 @@ class QuantLinear(WeightBuffers, nn.Linear):
         """The layer with these numbers; the float layer is not changed."""
         rank = 0 if weights.low_rank is None else weights.low_rank[0].shape[0]
         scale_rows = 1 if weights.act_scales is None else weights.act_scales.shape[0]
-        quantized = cls(layer, plan, rank=rank, has_smooth=weights.smooth is not None, scale_rows=scale_rows)
+        has_smooth, has_codebook = weights.smooth is not None, weights.codebook is not None
+        quantized = cls.empty(layer, plan, rank, has_smooth, scale_rows, has_codebook)
         quantized._fill(weights, layer.bias)
         return quantized.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        packed = (self.codes, self.multipliers, self.codebook, self.scale, self.storage_block)
         if self.plan.range_mode == "none":
-            group_size, branch = self.plan.group_size, (self.down, self.up)
-            return w4a16_linear(
-                x, self.smooth, self.codes, self.multipliers, self.scale, group_size, self.bias, *branch
-            )
-        codes, scale = self._quantize(x)
-        low = None if self.down is None else low_rank_down(x, self.smooth, self.down)
-        if self.multipliers is None:
-            return w8a8_linear(codes, scale, self.codes, self.scale, self.bias, low, self.up, x.dtype)
-        group_size = self.plan.group_size
-        return w4a8_linear(
-            codes, scale, self.codes, self.multipliers, self.scale, group_size, self.bias, low, self.up, x.dtype
-        )
+            return w4a16_linear(x, self.smooth, *packed, self.bias, self.down, self.up)
+        codes, scale, low = self._quantize(x)
+        if self.plan.weight_bits == 8:
+            return w8a8_linear(codes, scale, self.codes, self.scale, self.bias, low, self.up, None, x.dtype)
+        return w4a8_linear(codes, scale, *packed, self.bias, low, self.up, None, x.dtype)
 
-    def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The codes, their scales [R], and what the branch reads if there is one."""
         if self.plan.range_mode == "dynamic":
-            codes, scale = quantize_per_token(x, self.smooth)
-            return codes, scale.flatten()
-        if x.dim() == 1:
-            codes, scale = self._quantize(x[None])
-            return codes[0], scale
-        scale = self._input_scales(x.shape[0])
-        return quantize_per_sample(x, scale, self.smooth, self.plan.segments, -1), scale.flatten()
+            codes, scale, low = quantize_per_token(x, self.smooth, self.down)
+            return codes, scale.flatten(), None if self.down is None else low
+        low = None if self.down is None else low_rank_down(x, self.smooth, self.down)
+        batched = x if x.dim() > 1 else x[None]
+        scale = self._input_scales(batched.shape[0])
+        codes = quantize_per_sample(batched, scale, self.smooth, self.plan.segments, -1)
+        return codes.view(x.shape), scale.flatten(), low
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The float weight [out_features, in_features] applied to the raw input, made anew on each access."""
-        matrix = float_weight(
-            self.smooth, self.codes, self.multipliers, self.scale, self.plan.group_size, self.down, self.up
-        )
+        packed = (self.codes, self.multipliers, self.codebook, self.scale, self.storage_block)
+        matrix = float_weight(self.smooth, *packed, self.down, self.up)
         return matrix.to(self.compute_dtype)
 
     def extra_repr(self) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qdiff.denoising import StepTracker
 from qdiff.layers.quantized_weights import QuantizedWeights
-from qdiff.numerics.packing import pack_int4, pack_multipliers
+from qdiff.numerics.packing import pack_int4, pack_multipliers, storage_block
 
 if TYPE_CHECKING:
     from qdiff.recipe import LayerPlan
@@ -20,25 +20,31 @@ class WeightBuffers(nn.Module):
     """Mixin before a torch layer class: quantized weights as buffers, in place of the parameters `weight` and `bias`.
 
     Buffers, all in the `state_dict`; K in the order of `qdiff.numerics.gemm_layout`:
-        codes: uint8 [N, K/2] (4 bits) or int8 [N, K] (8 bits);  multipliers: uint8 [N, ceil(G/2)] or None;
+        codes: uint8 [N, K/2] (4 bits) or int8 [N, K] (8 bits);
+        multipliers: uint8 [N, ceil(K / block / 2)] of blocks of `storage_block`, or None;  codebook: int8 [N, 16] or
+            None; 4-bit layers have one of them;
         scale: float32 [N];
         bias: [N] in the compute dtype, or None;  smooth: float32 [C] or None;
-        down, up: float16 [r, K] and [N, r], or None;  act_scales: float32 [T, S] or None.
+        down, up: [r, K] and [N, r] in the compute dtype if that is float16 or bfloat16, otherwise float16, or None;
+        act_scales: float32 [T, S] or None.
 
     Only the bias follows `.half()`, `.to(dtype)` and the like; the others are numbers of fixed precision and only move.
 
     Attributes:
         plan: what was decided about the layer.
+        storage_block: neighbours along K that are stored with one multiplier; what operators know as group_size.
         tracker: gives temporal scales their timestep; shared by all layers of a denoiser; set by whoever installs the
             layer.
         compute_dtype: of `weight`, and of the float layer this one stands for.
     """
 
     plan: LayerPlan
+    storage_block: int
     tracker: StepTracker | None
     compute_dtype: torch.dtype
     codes: Tensor
     multipliers: Tensor | None
+    codebook: Tensor | None
     scale: Tensor
     bias: Any  # a buffer here, a parameter in the base class
     smooth: Tensor | None
@@ -47,26 +53,40 @@ class WeightBuffers(nn.Module):
     act_scales: Tensor | None
 
     def _register(
-        self, rows: int, k: int, plan: LayerPlan, like: nn.Module, rank: int, has_smooth: bool, scale_rows: int
+        self,
+        rows: int,
+        k: int,
+        plan: LayerPlan,
+        like: nn.Module,
+        rank: int = 0,
+        has_smooth: bool = False,
+        scale_rows: int = 1,
+        has_codebook: bool = False,
     ) -> None:
         """Register every buffer that the plan and the other arguments call for, uninitialized."""
         float_weight, float_bias = like.weight, getattr(like, "bias", None)
         assert isinstance(float_weight, Tensor)
         device = float_weight.device
         self.plan, self.tracker, self.compute_dtype = plan, None, float_weight.dtype
+        self.storage_block = storage_block(plan.group_size)
 
         def register(name: str, shape: tuple[int, ...] | None, dtype: torch.dtype) -> None:
             self.register_buffer(name, None if shape is None else torch.empty(shape, dtype=dtype, device=device))
 
         four_bit = plan.weight_bits == 4
-        groups = k // plan.group_size if four_bit else 0
+        if has_codebook and not four_bit:
+            raise ValueError(f"{plan.name}: a codebook is given, expected None for {plan.weight_bits}-bit weights")
+        blocks = k // self.storage_block
         register("codes", (rows, k // 2 if four_bit else k), torch.uint8 if four_bit else torch.int8)
-        register("multipliers", (rows, (groups + 1) // 2) if four_bit else None, torch.uint8)
+        register("multipliers", (rows, (blocks + 1) // 2) if four_bit and not has_codebook else None, torch.uint8)
+        register("codebook", (rows, 16) if has_codebook else None, torch.int8)
         register("scale", (rows,), torch.float32)
         register("bias", None if float_bias is None else (rows,), self.compute_dtype)
         register("smooth", (sum(plan.segments),) if has_smooth else None, torch.float32)
-        register("down", (rank, k) if rank else None, torch.float16)
-        register("up", (rows, rank) if rank else None, torch.float16)
+        # What the branch is computed in, so that no call casts it.
+        branch = self.compute_dtype if self.compute_dtype in (torch.float16, torch.bfloat16) else torch.float16
+        register("down", (rank, k) if rank else None, branch)
+        register("up", (rows, rank) if rank else None, branch)
         scaled = plan.range_mode in ("static", "temporal")
         register("act_scales", (scale_rows, len(plan.segments)) if scaled else None, torch.float32)
 
@@ -78,24 +98,28 @@ class WeightBuffers(nn.Module):
             "smooth": weights.smooth,
             "act_scales": weights.act_scales,
             "bias": bias,
+            "codebook": weights.codebook,
         }
-        if self.plan.weight_bits == 4:
-            groups = weights.codes_q.shape[1] // self.plan.group_size
-            values["codes"] = pack_int4(weights.codes_q, self.plan.group_size)
-            values["multipliers"] = pack_multipliers(self._multipliers(weights, groups))
+        if weights.codebook is not None:
+            values["codes"] = pack_int4(weights.codes_q - 8, self.storage_block)
+            values["multipliers"] = weights.multipliers
+        elif self.plan.weight_bits == 4:
+            values["codes"] = pack_int4(weights.codes_q, self.storage_block)
+            values["multipliers"] = pack_multipliers(self._multipliers(weights))
         if weights.low_rank is not None:
             values["down"], values["up"] = weights.low_rank
         for name, value in values.items():
             self._fill_buffer(name, value)
 
-    def _multipliers(self, weights: QuantizedWeights, groups: int) -> Tensor:
-        given = weights.multipliers
-        if given is None or given.shape not in ((len(weights.codes_q), 1), (len(weights.codes_q), groups)):
+    def _multipliers(self, weights: QuantizedWeights) -> Tensor:
+        """The multipliers of the groups, repeated for each of their blocks."""
+        given, (rows, k), size = weights.multipliers, weights.codes_q.shape, self.plan.group_size
+        if given is None or given.shape not in ((rows, 1), (rows, k // size)):
             shape = None if given is None else tuple(given.shape)
             raise ValueError(
-                f"{self.plan.name}: multipliers have shape {shape}, expected [N, {groups}] or [N, 1] for 4 bits"
+                f"{self.plan.name}: multipliers have shape {shape}, expected [N, {k // size}] or [N, 1] for 4 bits"
             )
-        return given.expand(-1, groups)
+        return given.expand(-1, k // size).repeat_interleave(size // self.storage_block, dim=1)
 
     def _fill_buffer(self, name: str, value: Tensor | None) -> None:
         buffer = getattr(self, name)

@@ -1,41 +1,38 @@
 """Bit layouts of 4-bit weights.
 
-Codes: one byte holds two weights of one group, the halves of the group side by side, so unpacking writes two contiguous
-runs and interleaves nothing. A group of g = 8 weights q0..q7, stored as u = q + 8 in [0, 15]:
+A row is cut into blocks of neighbours along K: `storage_block(group_size)` of them, 32 for every group size that is a
+multiple of 32, and the only size that the GPU kernels read. A group of the recipe is one block or several with the same
+multiplier.
+
+Codes: one byte holds two weights of one block, the halves of the block side by side, so unpacking writes two contiguous
+runs and interleaves nothing. A block of 8 weights q0..q7, stored as u = q + 8 in [0, 15]:
 
     byte      0         1         2         3
     bits   7654 3210 7654 3210 7654 3210 7654 3210
             u4   u0   u5   u1   u6   u2   u7   u3
 
-Multipliers: 4-bit m in [1, 15], two groups a byte, even group in the low bits; an odd number of groups is padded with
+Multipliers: 4-bit m in [1, 15], two blocks a byte, even block in the low bits; an odd number of blocks is padded with
 m = 1:
 
     byte      0         1         2           (G = 5)
             m1   m0   m3   m2    1   m4
+
+The integer weight is m * (u - 8), or with a codebook, int8 [N, 16] and no multipliers, codebook[n, u].
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+_LARGEST_BLOCK = 32
 
-def storage_group_size(group_size: int, segments: Sequence[int]) -> int:
-    """The group size that codes are packed with: `group_size`, or the segments' gcd for -1 (a group a segment and tap).
 
-    Raises:
-        ValueError: it is odd, not positive, or does not divide every segment.
-    """
-    size = math.gcd(*segments) if group_size == -1 else group_size
-    if size <= 0 or size % 2 or any(channels % size for channels in segments):
-        raise ValueError(
-            f"group_size: got {group_size} for channel segments {tuple(segments)}, expected an even divisor of each; "
-            "use another group size, or 8-bit weights"
-        )
-    return size
+def storage_block(group_size: int) -> int:
+    """Weights of a block that are stored with one multiplier, for groups of this size: the largest divisor of 32."""
+    return math.gcd(_LARGEST_BLOCK, group_size)
 
 
 def pack_int4(q: Tensor, group_size: int) -> Tensor:
@@ -91,6 +88,27 @@ def expand_int4(packed: Tensor, packed_multipliers: Tensor, group_size: int) -> 
     for nibbles, half in zip((halves & 15, halves >> 4), weights.chunk(2, dim=-1)):
         torch.mul(nibbles.view(torch.int8).sub_(8), m, out=half)
     return weights.flatten(1)
+
+
+def expand_codebook(packed: Tensor, codebook: Tensor, group_size: int) -> Tensor:
+    """The integer weights codebook[n, u]: int8 [N, K].
+
+    Args:
+        packed: uint8 [N, K/2], u = q + 8 of the q that `pack_int4` takes.
+        codebook: int8 [N, 16].
+        group_size: of the layout; even, divides K.
+    """
+    halves = _grouped(packed, group_size // 2)
+    u = torch.cat([halves & 15, halves >> 4], dim=-1).flatten(1)
+    return codebook.gather(1, u.long())
+
+
+def expand_weight(packed: Tensor, multipliers: Tensor | None, codebook: Tensor | None, group_size: int) -> Tensor:
+    """The integer weights int8 [N, K] of packed codes that have either multipliers or a codebook."""
+    if codebook is not None:
+        return expand_codebook(packed, codebook, group_size)
+    assert multipliers is not None
+    return expand_int4(packed, multipliers, group_size)
 
 
 def _grouped(rows: Tensor, size: int) -> Tensor:

@@ -1,5 +1,9 @@
-"""The operators, one file each: schema, CPU reference, fake. The reference defines the result."""
+"""The operators, one file each: schema, checks, reference, fake. The reference defines the result.
 
+On a CUDA device the kernels of `cuda/` run where they can; `set_backend` chooses otherwise.
+"""
+
+from qdiff.ops.backend import set_backend, use_backend
 from qdiff.ops.low_rank_down import low_rank_down
 from qdiff.ops.quantize_per_sample import quantize_per_sample
 from qdiff.ops.quantize_per_token import quantize_per_token
@@ -14,6 +18,8 @@ __all__ = [
     "low_rank_down",
     "quantize_per_sample",
     "quantize_per_token",
+    "set_backend",
+    "use_backend",
     "w4a8_conv2d",
     "w4a8_linear",
     "w4a16_conv2d",

@@ -1,4 +1,7 @@
-"""Checks that every operator makes before it computes."""
+"""Checks that every operator makes before it computes.
+
+They run on every call, so what fits is recognised by plain comparisons; only a failure looks at the details.
+"""
 
 from collections.abc import Sequence
 
@@ -6,12 +9,19 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOAT32 = (torch.float32,)
+INT8 = (torch.int8,)
+UINT8 = (torch.uint8,)
+# torch.int32 asks for the integer accumulators themselves.
+OUT_DTYPES = (*FLOATS, torch.int32)
 
 
 def check_tensor(
     name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], shape: Sequence[int | None], device: torch.device
 ) -> None:
     """Raise a ValueError unless `tensor` has one of `dtypes`, the given `shape` (None: any size) and `device`."""
+    if tensor.shape == shape and tensor.dtype in dtypes and tensor.device == device:
+        return
     fits = tensor.dim() == len(shape) and all(want is None or want == got for want, got in zip(shape, tensor.shape))
     if tensor.dtype not in dtypes or not fits or tensor.device != device:
         expected = ", ".join("any" if size is None else str(size) for size in shape)
@@ -22,28 +32,44 @@ def check_tensor(
 
 
 def check_int4_weight(
-    codes: Tensor, multipliers: Tensor, scale: Tensor, group_size: int, k: int, device: torch.device
+    codes: Tensor,
+    multipliers: Tensor | None,
+    codebook: Tensor | None,
+    scale: Tensor,
+    group_size: int,
+    k: int,
+    device: torch.device,
 ) -> None:
     """Raise a ValueError unless these are the packed 4-bit weights of a matrix [N, k]."""
-    check_group_size(group_size, [k])
+    check_group_size(group_size, (k,))
     n = codes.shape[0]
-    check_tensor("codes", codes, [torch.uint8], [None, k // 2], device)
-    check_tensor("multipliers", multipliers, [torch.uint8], [n, (k // group_size + 1) // 2], device)
-    check_tensor("scale", scale, [torch.float32], [n], device)
+    check_tensor("codes", codes, UINT8, (n, k // 2), device)
+    if (multipliers is None) == (codebook is None):
+        given = "neither" if codebook is None else "both"
+        raise ValueError(f"multipliers, codebook: got {given}, expected one of them")
+    if multipliers is not None:
+        check_tensor("multipliers", multipliers, UINT8, (n, (k // group_size + 1) // 2), device)
+    if codebook is not None:
+        check_tensor("codebook", codebook, INT8, (n, 16), device)
+    check_tensor("scale", scale, FLOAT32, (n,), device)
 
 
 def check_group_size(group_size: int, segments: Sequence[int]) -> None:
     """Raise a ValueError unless groups of this size can be packed, and none crosses a segment."""
-    if group_size < 2 or group_size % 2 or any(width % group_size for width in segments):
-        raise ValueError(
-            f"group_size: got {group_size} for segments of {list(segments)}, expected an even divisor of each"
-        )
+    if group_size >= 2 and group_size % 2 == 0:
+        for width in segments:
+            if width % group_size:
+                break
+        else:
+            return
+    raise ValueError(f"group_size: got {group_size} for segments of {list(segments)}, expected an even divisor of each")
 
 
 def check_int8_weight(codes: Tensor, scale: Tensor, k: int, device: torch.device) -> None:
     """Raise a ValueError unless these are the 8-bit weights of a matrix [N, k]."""
-    check_tensor("codes", codes, [torch.int8], [None, k], device)
-    check_tensor("scale", scale, [torch.float32], [codes.shape[0]], device)
+    n = codes.shape[0]
+    check_tensor("codes", codes, INT8, (n, k), device)
+    check_tensor("scale", scale, FLOAT32, (n,), device)
 
 
 def check_linear_input(
@@ -53,28 +79,34 @@ def check_linear_input(
     bias: Tensor | None,
     x_low: Tensor | None,
     up: Tensor | None,
+    residual: Tensor | None,
     out_dtype: torch.dtype,
 ) -> None:
     """Raise a ValueError unless a linear operator can take these beside a weight of n rows."""
-    device, rows = x_codes.device, x_codes.shape[:-1].numel()
-    if x_codes.dtype != torch.int8 or x_codes.dim() < 1:
+    device, rows = x_codes.device, x_codes.shape[:-1]
+    if x_codes.dtype is not torch.int8 or x_codes.dim() < 1:
         raise ValueError(f"x_codes: got {x_codes.dtype} {tuple(x_codes.shape)}, expected int8 [..., K]")
-    check_tensor("x_scale", x_scale, [torch.float32], [None], device)
-    check_divides("x_scale", x_scale.shape[0], rows)
-    check_bias_and_dtype(bias, n, out_dtype, device)
+    check_tensor("x_scale", x_scale, FLOAT32, (x_scale.numel(),), device)
+    check_divides("x_scale", x_scale.shape[0], rows.numel())
+    check_bias_and_dtype(bias, n, out_dtype, OUT_DTYPES, device)
     if (x_low is None) != (up is None):
         raise ValueError("x_low, up: got one of them, expected both or neither")
     if x_low is not None and up is not None:
-        check_tensor("up", up, FLOATS, [n, None], device)
-        check_tensor("x_low", x_low, FLOATS, [*x_codes.shape[:-1], up.shape[1]], device)
+        rank = up.shape[-1] if up.dim() else 0
+        check_tensor("up", up, FLOATS, (n, rank), device)
+        check_tensor("x_low", x_low, FLOATS, (*rows, rank), device)
+    if residual is not None and out_dtype != torch.int32:
+        check_tensor("residual", residual, (out_dtype,), (*rows, n), device)
 
 
-def check_bias_and_dtype(bias: Tensor | None, n: int, out_dtype: torch.dtype, device: torch.device) -> None:
-    """Raise a ValueError unless bias is None or a float [n], and out_dtype a float."""
+def check_bias_and_dtype(
+    bias: Tensor | None, n: int, out_dtype: torch.dtype, dtypes: Sequence[torch.dtype], device: torch.device
+) -> None:
+    """Raise a ValueError unless bias is None or a float [n], and out_dtype one of dtypes."""
     if bias is not None:
-        check_tensor("bias", bias, FLOATS, [n], device)
-    if out_dtype not in FLOATS:
-        raise ValueError(f"out_dtype: got {out_dtype}, expected one of {', '.join(map(str, FLOATS))}")
+        check_tensor("bias", bias, FLOATS, (n,), device)
+    if out_dtype not in dtypes:
+        raise ValueError(f"out_dtype: got {out_dtype}, expected one of {', '.join(map(str, dtypes))}")
 
 
 def check_divides(name: str, part: int, rows: int) -> None:

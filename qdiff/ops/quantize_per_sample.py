@@ -6,13 +6,20 @@ import torch
 from torch import Tensor
 
 from qdiff.numerics.ranges import LEVELS
-from qdiff.ops.checks import FLOATS, check_divides, check_segments, check_tensor
+from qdiff.ops import _quantize_cuda
+from qdiff.ops.backend import runs_kernel
+from qdiff.ops.checks import FLOAT32, FLOATS, check_divides, check_segments, check_tensor
+from qdiff.ops.registry import operator
 from qdiff.ops.row_blocks import row_blocks
 
 _SMALLEST_SCALE = 1e-30
 
 
-@torch.library.custom_op("qdiff::quantize_per_sample", mutates_args=())
+def _fake(x: Tensor, scale: Tensor, smooth: Tensor | None, segments: Sequence[int], channel_dim: int) -> Tensor:
+    return _empty_codes(x, channel_dim)
+
+
+@operator(_fake)
 def quantize_per_sample(
     x: Tensor, scale: Tensor, smooth: Tensor | None, segments: Sequence[int], channel_dim: int
 ) -> Tensor:
@@ -33,6 +40,8 @@ def quantize_per_sample(
         codes int8 of x's shape; contiguous, in channels-last order when x is [B, C, H, W] with channel_dim 1.
     """
     _check(x, scale, smooth, segments, channel_dim)
+    if runs_kernel("quantize_per_sample", x, None):
+        return _quantize_cuda.quantize_per_sample(x, scale, smooth, segments, channel_dim)
     codes = _empty_codes(x, channel_dim)
     shape = [x.shape[0]] + [1] * (x.dim() - 1)
     shape[channel_dim] = x.shape[channel_dim]
@@ -58,11 +67,6 @@ def _empty_codes(x: Tensor, channel_dim: int) -> Tensor:
     return torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=order)
 
 
-@quantize_per_sample.register_fake
-def _(x: Tensor, scale: Tensor, smooth: Tensor | None, segments: Sequence[int], channel_dim: int) -> Tensor:
-    return _empty_codes(x, channel_dim)
-
-
 def _check(x: Tensor, scale: Tensor, smooth: Tensor | None, segments: Sequence[int], channel_dim: int) -> None:
     if x.dtype not in FLOATS or x.dim() < 2:
         raise ValueError(
@@ -74,7 +78,8 @@ def _check(x: Tensor, scale: Tensor, smooth: Tensor | None, segments: Sequence[i
         )
     channels = x.shape[channel_dim]
     check_segments(segments, channels)
-    check_tensor("scale", scale, [torch.float32], [None, len(segments)], x.device)
+    rows = scale.shape[0] if scale.dim() else None
+    check_tensor("scale", scale, FLOAT32, (rows, len(segments)), x.device)
     check_divides("scale", scale.shape[0], x.shape[0])
     if smooth is not None:
-        check_tensor("smooth", smooth, [torch.float32], [channels], x.device)
+        check_tensor("smooth", smooth, FLOAT32, (channels,), x.device)

@@ -1,19 +1,30 @@
-"""int8 activations with one dynamic scale a token."""
+"""int8 activations with one dynamic scale a token, and what their low-rank branch reads."""
 
 import torch
 from torch import Tensor
 
 from qdiff.numerics.ranges import LEVELS
-from qdiff.ops.checks import FLOATS, check_tensor
+from qdiff.ops import _quantize_cuda
+from qdiff.ops.backend import runs_kernel
+from qdiff.ops.checks import FLOAT32, FLOATS, check_tensor
+from qdiff.ops.low_rank_down import check_down, project, rounded_down
+from qdiff.ops.registry import operator
 from qdiff.ops.row_blocks import row_blocks
 
 # Below this largest magnitude 127 / absmax would overflow float32; such rows get the step of this magnitude.
 _SMALLEST_ABSMAX = 1e-30
 
 
-@torch.library.custom_op("qdiff::quantize_per_token", mutates_args=())
-def quantize_per_token(x: Tensor, smooth: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Quantize every row of x * smooth to int8 with its own scale.
+def _fake(x: Tensor, smooth: Tensor | None, down: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    rank = 0 if down is None else down.shape[0]
+    return codes, scale, torch.empty(*x.shape[:-1], rank, dtype=x.dtype, device=x.device)
+
+
+@operator(_fake)
+def quantize_per_token(x: Tensor, smooth: Tensor | None, down: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize every row of x * smooth to int8 with its own scale; with `down`, also do what `low_rank_down` does.
 
     With v = x * smooth in float32 and a = max |v| over a row: scale = a / 127, code = round(v * (127 / a)), half to
     even. It should be the case that |v - code * scale| <= scale / 2 (1 + 2^-14), that a row's largest magnitude has
@@ -23,37 +34,43 @@ def quantize_per_token(x: Tensor, smooth: Tensor | None) -> tuple[Tensor, Tensor
     Args:
         x: float32, float16 or bfloat16 [..., K], any strides.
         smooth: float32 [K], the *reciprocal* of SmoothQuant's vector s (arXiv 2211.10438, equation 3), or None.
+        down: float [r, K], or None.
 
     Returns:
-        codes int8 [..., K] in [-127, 127], contiguous, and scale float32 [...].
+        codes int8 [..., K] in [-127, 127], contiguous; scale float32 [...]; low [..., r] in x's dtype, with r = 0
+        without `down`.
     """
-    _check(x, smooth)
+    _check(x, smooth, down)
+    if runs_kernel("quantize_per_token", x, None):
+        return _quantize_cuda.quantize_per_token(x, smooth, down)
     rows = x.reshape(-1, x.shape[-1])
     codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
+    low = torch.empty(rows.shape[0], 0 if down is None else down.shape[0], dtype=x.dtype, device=x.device)
+    matrix = None if down is None else rounded_down(down, x.dtype)
     for block in row_blocks(rows.shape[0], 4 * rows.shape[1], x.device):
-        codes[block], scale[block] = _quantize(rows[block], smooth)
-    return codes.view(x.shape), scale.view(x.shape[:-1])
+        # v is ours to overwrite unless it is x itself.
+        v = rows[block].float() if smooth is None else rows[block] * smooth
+        if matrix is not None:
+            low[block] = project(v, x.dtype, matrix)
+        codes[block], scale[block] = _quantize(v, overwrite=smooth is not None or x.dtype != torch.float32)
+    return codes.view(x.shape), scale.view(x.shape[:-1]), low.view(*x.shape[:-1], low.shape[1])
 
 
-def _quantize(x: Tensor, smooth: Tensor | None) -> tuple[Tensor, Tensor]:
-    v = x.float() if smooth is None else x * smooth
+def _quantize(v: Tensor, overwrite: bool) -> tuple[Tensor, Tensor]:
     absmax = v.abs().amax(dim=1, keepdim=True)
     step = absmax.clamp_min(_SMALLEST_ABSMAX)
-    # v is ours to overwrite unless it is x itself; a second temporary of its size costs more than the arithmetic.
-    codes = (v * (LEVELS / step) if v is x else v.mul_(LEVELS / step)).round_()
+    # A second temporary of v's size costs more than the arithmetic.
+    codes = (v.mul_(LEVELS / step) if overwrite else v * (LEVELS / step)).round_()
     scale = torch.where(absmax == 0, 1.0, step / LEVELS)
     return codes, scale[:, 0]
 
 
-@quantize_per_token.register_fake
-def _(x: Tensor, smooth: Tensor | None) -> tuple[Tensor, Tensor]:
-    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    return codes, torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-
-
-def _check(x: Tensor, smooth: Tensor | None) -> None:
+def _check(x: Tensor, smooth: Tensor | None, down: Tensor | None) -> None:
     if x.dtype not in FLOATS or x.dim() < 1 or x.shape[-1] == 0:
         raise ValueError(f"x: got {x.dtype} {tuple(x.shape)}, expected a float tensor [..., K] with K > 0")
+    k = x.shape[-1]
     if smooth is not None:
-        check_tensor("smooth", smooth, [torch.float32], [x.shape[-1]], x.device)
+        check_tensor("smooth", smooth, FLOAT32, (k,), x.device)
+    if down is not None:
+        check_down(down, k, x.device)

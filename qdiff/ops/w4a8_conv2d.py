@@ -1,66 +1,29 @@
-"""Convolution of int8 activations and 4-bit weights with two-level scales."""
+"""Convolution of int8 activations and 4-bit weights."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from qdiff.numerics.packing import expand_int4
+from qdiff.numerics.packing import expand_weight
+from qdiff.ops import _gemm
+from qdiff.ops.backend import refuses_conv, runs_kernel
 from qdiff.ops.checks import check_group_size, check_int4_weight
+from qdiff.ops.registry import operator
 from qdiff.ops.w8a8_conv2d import check_conv_input, empty_conv_output, int8_conv2d
 
 
-@torch.library.custom_op("qdiff::w4a8_conv2d", mutates_args=())
-def w4a8_conv2d(
+def _fake(
     x_codes: Tensor,
     x_scale: Tensor,
     codes: Tensor,
-    multipliers: Tensor,
+    multipliers: Tensor | None,
+    codebook: Tensor | None,
     scale: Tensor,
     group_size: int,
     bias: Tensor | None,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    segments: Sequence[int],
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """y[b] = (sum over segments s of conv2d(x_codes[b, s], (m * q)[s]) * x_scale[b, s]) * scale + bias
-
-    m * q, the codes times their group's multiplier, is an int8 matrix [N, K]; from there on this is `w8a8_conv2d`.
-
-    Args:
-        x_codes: int8 [B, C, H, W]; channels-last is fastest.
-        x_scale: float32 [R, S], R dividing B: row r holds for B / R samples.
-        codes: uint8 [N, K/2], multipliers: uint8 [N, ceil(G/2)], as `qdiff.numerics.packing` lays them out, over the
-            axis K = C * kh * kw in the order of `qdiff.numerics.gemm_layout`; G = K / group_size.
-        scale: float32 [N].
-        group_size: even, divides every segment.
-        bias: float [N] or None.
-        kernel, stride, padding: (rows, columns).
-        segments: S channel counts that sum to C.
-        out_dtype: of the result.
-
-    Returns:
-        out_dtype [B, N, H', W'] in channels-last order.
-    """
-    check_conv_input(x_codes, x_scale, codes.shape[0], bias, kernel, stride, padding, segments, out_dtype)
-    check_group_size(group_size, segments)
-    k = x_codes.shape[1] * kernel[0] * kernel[1]
-    check_int4_weight(codes, multipliers, scale, group_size, k, x_codes.device)
-    weight = expand_int4(codes, multipliers, group_size)
-    return int8_conv2d(x_codes, x_scale, weight, scale, bias, kernel, stride, padding, segments, out_dtype)
-
-
-@w4a8_conv2d.register_fake
-def _(
-    x_codes: Tensor,
-    x_scale: Tensor,
-    codes: Tensor,
-    multipliers: Tensor,
-    scale: Tensor,
-    group_size: int,
-    bias: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -68,3 +31,58 @@ def _(
     out_dtype: torch.dtype,
 ) -> Tensor:
     return empty_conv_output(x_codes, codes.shape[0], kernel, stride, padding, out_dtype)
+
+
+@operator(_fake)
+def w4a8_conv2d(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    codes: Tensor,
+    multipliers: Tensor | None,
+    codebook: Tensor | None,
+    scale: Tensor,
+    group_size: int,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    segments: Sequence[int],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """y[b] = (sum over segments s of conv2d(x_codes[b, s], w[s]) * x_scale[b, s]) * scale + bias + shift[b] + residual
+
+    w, the codes times their group's multiplier or looked up in their row's codebook, is an int8 matrix [N, K]; from
+    there on this is `w8a8_conv2d`.
+
+    Args:
+        x_codes: int8 [B, C, H, W]; channels-last is fastest.
+        x_scale: float32 [R, S], R dividing B: row r holds for B / R samples.
+        codes: uint8 [N, K/2], as `qdiff.numerics.packing` lays them out, over the axis K = C * kh * kw in the order of
+            `qdiff.numerics.gemm_layout`.
+        multipliers: uint8 [N, ceil(G/2)], laid out there as well, G = K / group_size; or None with a codebook.
+        codebook: int8 [N, 16], or None with multipliers.
+        scale: float32 [N].
+        group_size: of the layout; even, divides every segment.
+        bias: float [N] or None.
+        shift: float [B, N], added to every pixel of a sample, or None.
+        residual: out_dtype [B, N, H', W'] or None; channels-last is fastest.
+        kernel, stride, padding: (rows, columns).
+        segments: S channel counts that sum to C.
+        out_dtype: of the result, or int32 for the segments' sums of products: scales and the rest are then not looked
+            at.
+
+    Returns:
+        out_dtype [B, N, H', W'] in channels-last order.
+    """
+    n, geometry = codes.shape[0], (kernel, stride, padding, segments)
+    check_conv_input(x_codes, x_scale, n, bias, shift, residual, *geometry, out_dtype)
+    check_group_size(group_size, segments)
+    k = x_codes.shape[1] * kernel[0] * kernel[1]
+    check_int4_weight(codes, multipliers, codebook, scale, group_size, k, x_codes.device)
+    if runs_kernel("w4a8_conv2d", x_codes, refuses_conv(segments, group_size, True)):
+        added = (bias, shift, residual)
+        return _gemm.conv2d(x_codes, x_scale, codes, multipliers, codebook, scale, *added, *geometry, out_dtype)
+    weight = expand_weight(codes, multipliers, codebook, group_size)
+    return int8_conv2d(x_codes, x_scale, weight, scale, bias, shift, residual, *geometry, out_dtype)

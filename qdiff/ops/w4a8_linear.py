@@ -1,62 +1,75 @@
-"""Linear layer of int8 activations and 4-bit weights with two-level scales."""
+"""Linear layer of int8 activations and 4-bit weights."""
 
 import torch
 from torch import Tensor
 
-from qdiff.numerics.packing import expand_int4
+from qdiff.numerics.packing import expand_weight
+from qdiff.ops import _gemm
+from qdiff.ops.backend import refuses_linear, runs_kernel
 from qdiff.ops.checks import check_int4_weight, check_linear_input
+from qdiff.ops.registry import operator
 from qdiff.ops.w8a8_linear import int8_linear
 
 
-@torch.library.custom_op("qdiff::w4a8_linear", mutates_args=())
+def _fake(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    codes: Tensor,
+    multipliers: Tensor | None,
+    codebook: Tensor | None,
+    scale: Tensor,
+    group_size: int,
+    bias: Tensor | None,
+    x_low: Tensor | None,
+    up: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return torch.empty(*x_codes.shape[:-1], codes.shape[0], dtype=out_dtype, device=x_codes.device)
+
+
+@operator(_fake)
 def w4a8_linear(
     x_codes: Tensor,
     x_scale: Tensor,
     codes: Tensor,
-    multipliers: Tensor,
+    multipliers: Tensor | None,
+    codebook: Tensor | None,
     scale: Tensor,
     group_size: int,
     bias: Tensor | None,
     x_low: Tensor | None,
     up: Tensor | None,
+    residual: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """y = (x_codes @ (m * q).T) * x_scale * scale + bias + x_low @ up.T
+    """y = (x_codes @ w.T) * x_scale * scale + bias + x_low @ up.T + residual
 
-    m * q, the codes times their group's multiplier, is an int8 matrix [N, K]; from there on this is `w8a8_linear`: the
-    first product is exact in int32, everything after it is float32, in that order, with one cast at the end.
+    w, the codes times their group's multiplier or looked up in their row's codebook, is an int8 matrix [N, K]; from
+    there on this is `w8a8_linear`: the first product is exact in int32, everything after it is float32, in that order,
+    with one cast at the end.
 
     Args:
         x_codes: int8 [..., K], M rows in all.
         x_scale: float32 [R], R dividing M: row r holds for M / R rows.
-        codes: uint8 [N, K/2], multipliers: uint8 [N, ceil(G/2)], as `qdiff.numerics.packing` lays them out; G = K /
-            group_size.
+        codes: uint8 [N, K/2], as `qdiff.numerics.packing` lays them out.
+        multipliers: uint8 [N, ceil(G/2)], laid out there as well, G = K / group_size; or None with a codebook.
+        codebook: int8 [N, 16], or None with multipliers.
         scale: float32 [N].
-        group_size: even, divides K.
+        group_size: of the layout; even, divides K.
         bias: float [N] or None.
-        x_low, up: float [..., r] and [N, r], the low-rank branch, or both None.
-        out_dtype: of the result.
+        x_low, up: float [..., r] and [N, r], the low-rank branch, or both None; up is rounded to x_low's dtype.
+        residual: out_dtype [..., N] or None.
+        out_dtype: of the result, or int32 for the first product as it is: scales and the rest are then not looked at.
 
     Returns:
         out_dtype [..., N], contiguous.
     """
-    check_linear_input(x_codes, x_scale, codes.shape[0], bias, x_low, up, out_dtype)
-    check_int4_weight(codes, multipliers, scale, group_size, x_codes.shape[-1], x_codes.device)
-    weight = expand_int4(codes, multipliers, group_size)
-    return int8_linear(x_codes, x_scale, weight, scale, bias, x_low, up, out_dtype)
-
-
-@w4a8_linear.register_fake
-def _(
-    x_codes: Tensor,
-    x_scale: Tensor,
-    codes: Tensor,
-    multipliers: Tensor,
-    scale: Tensor,
-    group_size: int,
-    bias: Tensor | None,
-    x_low: Tensor | None,
-    up: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return torch.empty(*x_codes.shape[:-1], codes.shape[0], dtype=out_dtype, device=x_codes.device)
+    check_linear_input(x_codes, x_scale, codes.shape[0], bias, x_low, up, residual, out_dtype)
+    k = x_codes.shape[-1]
+    check_int4_weight(codes, multipliers, codebook, scale, group_size, k, x_codes.device)
+    if runs_kernel("w4a8_linear", x_codes, refuses_linear(k, group_size, True)):
+        branch = (x_low, up, residual, out_dtype)
+        return _gemm.linear(x_codes, x_scale, codes, multipliers, codebook, scale, bias, *branch)
+    weight = expand_weight(codes, multipliers, codebook, group_size)
+    return int8_linear(x_codes, x_scale, weight, scale, bias, x_low, up, residual, out_dtype)

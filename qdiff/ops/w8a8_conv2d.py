@@ -7,27 +7,60 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qdiff.numerics.integer_matmul import int_matmul
-from qdiff.ops.checks import check_bias_and_dtype, check_divides, check_int8_weight, check_segments, check_tensor
+from qdiff.ops import _gemm
+from qdiff.ops.backend import refuses_conv, runs_kernel
+from qdiff.ops.checks import (
+    FLOAT32,
+    FLOATS,
+    INT8,
+    OUT_DTYPES,
+    check_bias_and_dtype,
+    check_divides,
+    check_int8_weight,
+    check_segments,
+    check_tensor,
+)
+from qdiff.ops.registry import operator
 
 # Bytes of int8 patches and of their float32 products at once on a CPU, all cores together. Measured at 32 x 256 x 16 x
 # 16: 1 to 8 MiB are within 5 %, less pays for many small products.
 _BLOCK_BYTES = 1 << 21
 
 
-@torch.library.custom_op("qdiff::w8a8_conv2d", mutates_args=())
-def w8a8_conv2d(
+def _fake(
     x_codes: Tensor,
     x_scale: Tensor,
     codes: Tensor,
     scale: Tensor,
     bias: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     segments: Sequence[int],
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """y[b] = (sum over segments s of conv2d(x_codes[b, s], codes[s]) * x_scale[b, s]) * scale + bias
+    return empty_conv_output(x_codes, codes.shape[0], kernel, stride, padding, out_dtype)
+
+
+@operator(_fake)
+def w8a8_conv2d(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    segments: Sequence[int],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """y[b] = (sum over segments s of conv2d(x_codes[b, s], codes[s]) * x_scale[b, s]) * scale + bias + shift[b]
+    + residual
 
     Each segment's convolution is exact in int32; everything after it is float32, in that order, with one cast at the
     end. Padding is with code 0, which is the value 0. Groups and dilation are 1.
@@ -38,16 +71,23 @@ def w8a8_conv2d(
         codes: int8 [N, C * kh * kw] in the order of `qdiff.numerics.gemm_layout`.
         scale: float32 [N].
         bias: float [N] or None.
+        shift: float [B, N], added to every pixel of a sample, or None.
+        residual: out_dtype [B, N, H', W'] or None; channels-last is fastest.
         kernel, stride, padding: (rows, columns).
         segments: S channel counts that sum to C.
-        out_dtype: of the result.
+        out_dtype: of the result, or int32 for the segments' sums of products: scales and the rest are then not looked
+            at.
 
     Returns:
         out_dtype [B, N, H', W'] in channels-last order.
     """
-    check_conv_input(x_codes, x_scale, codes.shape[0], bias, kernel, stride, padding, segments, out_dtype)
+    geometry = (kernel, stride, padding, segments)
+    check_conv_input(x_codes, x_scale, codes.shape[0], bias, shift, residual, *geometry, out_dtype)
     check_int8_weight(codes, scale, x_codes.shape[1] * kernel[0] * kernel[1], x_codes.device)
-    return int8_conv2d(x_codes, x_scale, codes, scale, bias, kernel, stride, padding, segments, out_dtype)
+    if runs_kernel("w8a8_conv2d", x_codes, refuses_conv(segments, 0, False)):
+        added = (bias, shift, residual)
+        return _gemm.conv2d(x_codes, x_scale, codes, None, None, scale, *added, *geometry, out_dtype)
+    return int8_conv2d(x_codes, x_scale, codes, scale, bias, shift, residual, *geometry, out_dtype)
 
 
 def int8_conv2d(
@@ -56,6 +96,8 @@ def int8_conv2d(
     weight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -71,23 +113,38 @@ def int8_conv2d(
     windows = [_windows(part, kernel, stride) for part in padded.split(list(segments), dim=3)]
     taps = kernel[0] * kernel[1]
     weights = [part.contiguous() for part in weight.split([taps * channels for channels in segments], dim=1)]
+    row_bytes = max(part.shape[1] for part in weights) + 4 * weight.shape[0]
+    blocks = _blocks(nhwc.shape, row_bytes, x_codes.device)
+    if out_dtype == torch.int32:
+        for images, band in blocks:
+            nhwc[images, band] = sum(_accumulators(x[images, band], w) for x, w in zip(windows, weights))
+        return out
     scales = x_scale.repeat_interleave(out.shape[0] // max(1, x_scale.shape[0]), dim=0)[:, :, None, None, None]
     bias = None if bias is None else bias.float()
-    row_bytes = max(part.shape[1] for part in weights) + 4 * weight.shape[0]
-    for images, band in _blocks(nhwc.shape, row_bytes, x_codes.device):
+    shift = None if shift is None else shift.float()[:, None, None]
+    residual = None if residual is None else residual.permute(0, 2, 3, 1)
+    for images, band in blocks:
         y = _segment(windows[0][images, band], weights[0], scales[images, 0])
         for s in range(1, len(segments)):
             y += _segment(windows[s][images, band], weights[s], scales[images, s])
         y.mul_(scale)
         if bias is not None:
             y += bias
+        if shift is not None:
+            y += shift[images]
+        if residual is not None:
+            y += residual[images, band]
         nhwc[images, band] = y
     return out
 
 
 def _segment(windows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return _accumulators(windows, weight).float().mul_(scale)
+
+
+def _accumulators(windows: Tensor, weight: Tensor) -> Tensor:
     patches = windows.reshape(-1, weight.shape[1])
-    return int_matmul(patches, weight).float().view(*windows.shape[:3], -1).mul_(scale)
+    return int_matmul(patches, weight).view(*windows.shape[:3], -1)
 
 
 def _windows(nhwc: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
@@ -112,25 +169,18 @@ def empty_conv_output(
     x: Tensor, n: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """Uninitialized [B, n, H', W'], channels-last."""
-    height, width = ((x.shape[2 + i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in range(2))
-    shape = (x.shape[0], n, height, width)
+    shape = (x.shape[0], n, *conv_output_size(x, kernel, stride, padding))
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
-@w8a8_conv2d.register_fake
-def _(
-    x_codes: Tensor,
-    x_scale: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    segments: Sequence[int],
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return empty_conv_output(x_codes, codes.shape[0], kernel, stride, padding, out_dtype)
+def conv_output_size(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> tuple[int, int]:
+    """(H', W') of an input [B, C, H, W]."""
+    return (
+        (x.shape[2] + 2 * padding[0] - kernel[0]) // stride[0] + 1,
+        (x.shape[3] + 2 * padding[1] - kernel[1]) // stride[1] + 1,
+    )
 
 
 def check_conv_input(
@@ -138,6 +188,8 @@ def check_conv_input(
     x_scale: Tensor,
     n: int,
     bias: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -145,21 +197,25 @@ def check_conv_input(
     out_dtype: torch.dtype,
 ) -> None:
     """Raise a ValueError unless a convolution can take these beside a weight of n rows."""
-    check_tensor("x_codes", x_codes, [torch.int8], [None] * 4, x_codes.device)
+    if x_codes.dtype != torch.int8 or x_codes.dim() != 4:
+        check_tensor("x_codes", x_codes, INT8, (None,) * 4, x_codes.device)
     check_segments(segments, x_codes.shape[1])
-    check_tensor("x_scale", x_scale, [torch.float32], [None, len(segments)], x_codes.device)
+    rows = x_scale.shape[0] if x_scale.dim() else None
+    check_tensor("x_scale", x_scale, FLOAT32, (rows, len(segments)), x_codes.device)
     check_divides("x_scale", x_scale.shape[0], x_codes.shape[0])
-    check_bias_and_dtype(bias, n, out_dtype, x_codes.device)
+    check_bias_and_dtype(bias, n, out_dtype, OUT_DTYPES, x_codes.device)
     check_geometry(x_codes.shape, kernel, stride, padding)
+    if shift is not None:
+        check_tensor("shift", shift, FLOATS, (x_codes.shape[0], n), x_codes.device)
+    if residual is not None and out_dtype != torch.int32:
+        size = conv_output_size(x_codes, kernel, stride, padding)
+        check_tensor("residual", residual, (out_dtype,), (x_codes.shape[0], n, *size), x_codes.device)
 
 
 def check_geometry(shape: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> None:
     """Raise a ValueError unless the window fits an image [B, C, H, W] of this shape."""
-    pairs = {"kernel": kernel, "stride": stride, "padding": padding}
-    for name, pair in pairs.items():
-        if len(pair) != 2 or min(pair) < (0 if name == "padding" else 1):
-            raise ValueError(
-                f"{name}: got {list(pair)}, expected two {'non-negative' if name == 'padding' else 'positive'} sizes"
-            )
-    if any(shape[2 + i] + 2 * padding[i] < kernel[i] for i in range(2)):
+    for name, pair, least in (("kernel", kernel, 1), ("stride", stride, 1), ("padding", padding, 0)):
+        if len(pair) != 2 or pair[0] < least or pair[1] < least:
+            raise ValueError(f"{name}: got {list(pair)}, expected two sizes of {least} or more")
+    if shape[2] + 2 * padding[0] < kernel[0] or shape[3] + 2 * padding[1] < kernel[1]:
         raise ValueError(f"kernel: {list(kernel)} does not fit an input {tuple(shape)} with padding {list(padding)}")

@@ -15,12 +15,12 @@ GROUP = 8
 def make_plan() -> Callable[..., LayerPlan]:
     """Factory of plans; only what the layers read needs to be given."""
 
-    def make(kind, segments, bits=4, mode="dynamic"):
+    def make(kind, segments, bits=4, mode="dynamic", group_size=GROUP):
         return LayerPlan(
             name="block.layer",
             kind=kind,
             weight_bits=bits,
-            group_size=GROUP if bits == 4 else -1,
+            group_size=group_size if bits == 4 else -1,
             granularity="group" if bits == 4 else "channel",
             activation_bits=16 if mode == "none" else 8,
             range_mode=mode,
@@ -46,8 +46,8 @@ def quantize() -> Callable[..., QuantizedWeights]:
         if plan.weight_bits == 8:
             fitted = fit_channel(matrix, 8)
             return QuantizedWeights(fitted.codes_q, None, fitted.scale, smooth, low_rank, act_scales)
-        scale, multipliers = fit_two_level(matrix, GROUP)
-        codes = round_two_level(matrix, scale, multipliers, GROUP)
+        scale, multipliers = fit_two_level(matrix, plan.group_size)
+        codes = round_two_level(matrix, scale, multipliers, plan.group_size)
         return QuantizedWeights(codes, multipliers, scale, smooth, low_rank, act_scales)
 
     return make

@@ -4,10 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qdiff.numerics.packing import (
+    expand_codebook,
     expand_int4,
+    expand_weight,
     pack_int4,
     pack_multipliers,
-    storage_group_size,
+    storage_block,
     unpack_int4,
     unpack_multipliers,
 )
@@ -70,18 +72,39 @@ def test_a_view_of_rows_packs_like_its_copy():
     assert torch.equal(unpack_int4(packed, 8), unpack_int4(packed.contiguous(), 8))
 
 
+@given(sizes)
+def test_a_codebook_replaces_every_code_by_its_rows_entry(size):
+    rows, groups, half, seed = size
+    q = random_codes(rows, groups, half, seed)
+    generator = torch.Generator().manual_seed(seed)
+    codebook = torch.randint(-128, 128, (rows, 16), dtype=torch.int8, generator=generator)
+    result = expand_codebook(pack_int4(q, 2 * half), codebook, 2 * half)
+    assert result.dtype == torch.int8
+    assert result.tolist() == [[codebook[n, u].item() for u in row] for n, row in enumerate((q + 8).tolist())]
+
+
+def test_multiples_are_a_codebook_too():
+    q, m = random_codes(6, 1, 16), torch.randint(1, 16, (6, 1)).to(torch.uint8)
+    codebook = (torch.arange(-8, 8) * m).to(torch.int8)
+    packed = pack_int4(q, 32)
+    assert torch.equal(expand_weight(packed, None, codebook, 32), expand_weight(packed, pack_multipliers(m), None, 32))
+
+
 @pytest.mark.parametrize(
-    ("group_size", "segments", "expected"),
-    [(64, (128,), 64), (-1, (320,), 320), (-1, (640, 320), 320), (32, (64, 96), 32)],
+    ("group_size", "block"), [(64, 32), (32, 32), (320, 32), (96, 32), (16, 16), (48, 16), (8, 8), (6, 2)]
 )
-def test_storage_group_size(group_size, segments, expected):
-    assert storage_group_size(group_size, segments) == expected
+def test_storage_block(group_size, block):
+    assert storage_block(group_size) == block
 
 
-@pytest.mark.parametrize(("group_size", "segments"), [(64, (100,)), (3, (9,)), (0, (8,)), (-1, (9,)), (64, (64, 32))])
-def test_group_sizes_that_cannot_be_packed(group_size, segments):
-    with pytest.raises(ValueError, match="group_size"):
-        storage_group_size(group_size, segments)
+@pytest.mark.parametrize("group_size", [64, 96])
+def test_a_group_is_stored_as_blocks_with_the_same_multiplier(group_size):
+    block, groups = storage_block(group_size), 3
+    q = random_codes(4, groups, group_size // 2)
+    m = torch.randint(1, 16, (4, groups)).to(torch.uint8)
+    blocks = pack_multipliers(m.repeat_interleave(group_size // block, dim=1))
+    expected = q.long() * m.long().repeat_interleave(group_size, dim=1)
+    assert torch.equal(expand_int4(pack_int4(q, block), blocks, block).long(), expected)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,18 @@ def test_projects_the_smoothed_input(dtype, shape, smoothed):
     x, down = torch.randn(shape).to(dtype), torch.randn(4, 7).half()
     smooth = torch.rand(7) + 0.5 if smoothed else None
     result = low_rank_down(x, smooth, down)
-    v = x.double() * (1.0 if smooth is None else smooth.double())
-    assert result.dtype == torch.float32
-    torch.testing.assert_close(result.double(), v @ down.double().t(), rtol=1e-5, atol=1e-5)  # float32 sums of 7 terms
+    v = (x if smooth is None else x.float() * smooth).to(dtype).double()
+    assert result.dtype == dtype
+    # float32 sums of 7 terms, then one rounding.
+    expected = v @ down.to(dtype).double().t()
+    torch.testing.assert_close(result.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_a_tensor_of_many_blocks_equals_its_rows():
+    x, smooth, down = torch.randn(5000, 256), torch.rand(256), torch.randn(4, 256)
+    low = low_rank_down(x, smooth, down)
+    for row in (0, 1023, 1024, 4999):
+        torch.testing.assert_close(low_rank_down(x[row], smooth, down), low[row], rtol=1e-5, atol=1e-5)
 
 
 def test_opcheck():

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qdiff.ops import quantize_per_token
+from qdiff.ops import low_rank_down, quantize_per_token
 
 # Rounding to codes is done in float32: x * smooth, 127 / absmax and their product each lose at most 2^-24 of up to 127
 # steps.
@@ -17,7 +17,7 @@ def test_every_value_is_within_half_a_step(dtype, shape, smoothed):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).to(dtype)
     smooth = torch.rand(shape[-1], generator=generator) + 0.1 if smoothed else None
-    codes, scale = quantize_per_token(x, smooth)
+    codes, scale, _ = quantize_per_token(x, smooth, None)
     assert codes.dtype == torch.int8
     assert codes.shape == x.shape
     assert scale.dtype == torch.float32
@@ -32,7 +32,7 @@ def test_every_value_is_within_half_a_step(dtype, shape, smoothed):
 @given(st.lists(st.floats(-(2.0**90), 2.0**90, width=32), min_size=1, max_size=40))
 def test_any_row(values):
     x = torch.tensor([values])
-    codes, scale = quantize_per_token(x, None)
+    codes, scale, _ = quantize_per_token(x, None, None)
     assert int(codes.int().abs().max()) <= 127
     assert torch.isfinite(scale).all()
     assert (codes[x == 0] == 0).all()
@@ -44,14 +44,14 @@ def test_any_row(values):
 def test_rows_of_zeros_have_scale_one_and_codes_zero():
     x = torch.zeros(3, 8)
     x[1] = 2.0
-    codes, scale = quantize_per_token(x, None)
+    codes, scale, _ = quantize_per_token(x, None, None)
     assert scale.tolist() == [1.0, pytest.approx(2 / 127), 1.0]
     assert codes.tolist() == [[0] * 8, [127] * 8, [0] * 8]
 
 
 @pytest.mark.parametrize("magnitude", [1e-45, 1e-38, 1e-20, 1e4, 3e38])
 def test_extreme_magnitudes(magnitude):
-    codes, scale = quantize_per_token(torch.tensor([[magnitude, -magnitude, 0.0]]), None)
+    codes, scale, _ = quantize_per_token(torch.tensor([[magnitude, -magnitude, 0.0]]), None, None)
     assert torch.isfinite(scale).all()
     assert codes[0].tolist() == ([127, -127, 0] if magnitude > 1e-30 else [0, 0, 0])
 
@@ -59,27 +59,28 @@ def test_extreme_magnitudes(magnitude):
 def test_an_outlier_leaves_its_row_coarse_and_the_others_alone():
     x = torch.randn(2, 16, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
     x[0, 3] = 1e4
-    codes, scale = quantize_per_token(x, None)
+    codes, scale, _ = quantize_per_token(x, None, None)
     assert codes[0].tolist() == [0, 0, 0, 127] + [0] * 12
-    assert torch.equal(codes[1], quantize_per_token(x[1], None)[0])
+    assert torch.equal(codes[1], quantize_per_token(x[1], None, None)[0])
     assert scale[0] == pytest.approx(1e4 / 127)
 
 
 def test_ties_go_to_even():
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]])
-    assert quantize_per_token(x, None)[0].tolist() == [[127, 0, 2, 2, 0, -2]]
+    assert quantize_per_token(x, None, None)[0].tolist() == [[127, 0, 2, 2, 0, -2]]
 
 
 def test_what_is_not_finite_stays_visible():
-    _, scale = quantize_per_token(torch.tensor([[1.0, float("nan")], [1.0, float("inf")], [1.0, 2.0]]), None)
+    rows = torch.tensor([[1.0, float("nan")], [1.0, float("inf")], [1.0, 2.0]])
+    _, scale, _ = quantize_per_token(rows, None, None)
     assert torch.isfinite(scale).tolist() == [False, False, True]
 
 
 def test_strides_do_not_matter_and_the_input_is_not_changed():
     x = torch.randn(6, 4, 10).transpose(0, 2)[::2]
     before = x.clone()
-    codes, scale = quantize_per_token(x, None)
-    expected = quantize_per_token(x.contiguous(), None)
+    codes, scale, _ = quantize_per_token(x, None, None)
+    expected = quantize_per_token(x.contiguous(), None, None)
     assert torch.equal(codes, expected[0])
     assert torch.equal(scale, expected[1])
     assert torch.equal(x, before)
@@ -87,28 +88,47 @@ def test_strides_do_not_matter_and_the_input_is_not_changed():
 
 def test_a_tensor_of_many_blocks_equals_its_rows():
     x = torch.randn(5000, 256)
-    codes, scale = quantize_per_token(x, None)
+    codes, scale, _ = quantize_per_token(x, None, None)
     for row in (0, 1023, 1024, 4999):
-        alone = quantize_per_token(x[row], None)
+        alone = quantize_per_token(x[row], None, None)
         assert torch.equal(alone[0], codes[row])
         assert torch.equal(alone[1], scale[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8), (0, 8), (3000, 200)], ids=str)
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_the_branch_is_that_of_low_rank_down_and_changes_no_code(dtype, shape, smoothed):
+    x, down = torch.randn(shape).to(dtype), torch.randn(3, shape[-1]).half()
+    smooth = torch.rand(shape[-1]) + 0.5 if smoothed else None
+    codes, scale, low = quantize_per_token(x, smooth, down)
+    alone = quantize_per_token(x, smooth, None)
+    assert torch.equal(codes, alone[0])
+    assert torch.equal(scale, alone[1])
+    assert alone[2].shape == (*shape[:-1], 0)
+    assert low.dtype == dtype
+    assert torch.equal(low, low_rank_down(x, smooth, down))
 
 
 def test_opcheck():
     for shape in [(3, 8), (2, 3, 8)]:
         for smooth in (None, torch.rand(8)):
-            torch.library.opcheck(quantize_per_token, (torch.randn(shape), smooth))
+            for down in (None, torch.randn(3, 8)):
+                torch.library.opcheck(quantize_per_token, (torch.randn(shape), smooth, down))
 
 
 @pytest.mark.parametrize(
-    ("x", "smooth", "named"),
+    ("x", "smooth", "down", "named"),
     [
-        (torch.zeros(2, 8, dtype=torch.int32), None, "x"),
-        (torch.zeros(2, 0), None, "x"),
-        (torch.zeros(2, 8), torch.ones(7), "smooth"),
-        (torch.zeros(2, 8), torch.ones(8, dtype=torch.float16), "smooth"),
+        (torch.zeros(2, 8, dtype=torch.int32), None, None, "x"),
+        (torch.zeros(2, 0), None, None, "x"),
+        (torch.zeros(2, 8), torch.ones(7), None, "smooth"),
+        (torch.zeros(2, 8), torch.ones(8, dtype=torch.float16), None, "smooth"),
+        (torch.zeros(2, 8), None, torch.zeros(3, 7), "down"),
+        (torch.zeros(2, 8), None, torch.zeros(8), "down"),
+        (torch.zeros(2, 8), None, torch.zeros(3, 8, dtype=torch.int8), "down"),
     ],
 )
-def test_wrong_arguments(x, smooth, named):
+def test_wrong_arguments(x, smooth, down, named):
     with pytest.raises(ValueError, match=f"^{named}: got"):
-        quantize_per_token(x, smooth)
+        quantize_per_token(x, smooth, down)

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from qdiff.numerics.gemm_layout import to_gemm
-from qdiff.numerics.packing import pack_int4, pack_multipliers
+from qdiff.numerics.packing import pack_int4, pack_multipliers, unpack_int4
 from qdiff.ops import w4a16_conv2d
 
 
@@ -19,6 +19,7 @@ def inputs(bits=4, segments=(4, 8), kernel=(3, 3), stride=(1, 1), padding=(1, 1)
         "smooth": torch.rand(channels, generator=generator) + 0.5 if smoothed else None,
         "codes": pack_int4(to_gemm(q, segments), group_size) if bits == 4 else to_gemm(q, segments),
         "multipliers": pack_multipliers(groups) if bits == 4 else None,
+        "codebook": None,
         "scale": torch.rand(n, generator=generator) / 50,
         "group_size": group_size if bits == 4 else -1,
         "bias": torch.randn(n, generator=generator).to(dtype),
@@ -55,6 +56,14 @@ def test_half_inputs_give_half_outputs(dtype):
     assert result.dtype == dtype
     largest = float(expected.abs().max())
     torch.testing.assert_close(result.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps * largest)
+
+
+def test_a_codebook_stands_for_the_8_bit_weights_that_it_gives():
+    arguments, _ = inputs()
+    codebook = torch.randint(-128, 128, (5, 16), dtype=torch.int8)
+    eight = codebook.gather(1, unpack_int4(arguments["codes"], 4).long() + 8)
+    expected = w4a16_conv2d(**arguments | {"multipliers": None, "codes": eight})
+    assert torch.equal(w4a16_conv2d(**arguments | {"multipliers": None, "codebook": codebook}), expected)
 
 
 def test_opcheck():

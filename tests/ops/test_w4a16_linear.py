@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qdiff.numerics.packing import pack_int4, pack_multipliers
+from qdiff.numerics.packing import pack_int4, pack_multipliers, unpack_int4
 from qdiff.ops import w4a16_linear
 
 
@@ -17,6 +17,7 @@ def inputs(bits=4, shape=(3, 24), n=5, rank=0, smoothed=False, bias=True, dtype=
         "smooth": torch.rand(k, generator=generator) + 0.5 if smoothed else None,
         "codes": pack_int4(q, group_size) if bits == 4 else integers,
         "multipliers": pack_multipliers(multipliers) if bits == 4 else None,
+        "codebook": None,
         "scale": torch.rand(n, generator=generator) / 50,
         "group_size": group_size if bits == 4 else -1,
         "bias": torch.randn(n, generator=generator).to(dtype) if bias else None,
@@ -53,6 +54,14 @@ def test_half_inputs_give_half_outputs(dtype):
     )
 
 
+def test_a_codebook_stands_for_the_8_bit_weights_that_it_gives():
+    arguments, _ = inputs(rank=2, smoothed=True)
+    codebook = torch.randint(-128, 128, (5, 16), dtype=torch.int8)
+    eight = codebook.gather(1, unpack_int4(arguments["codes"], 8).long() + 8)
+    expected = w4a16_linear(**arguments | {"multipliers": None, "codes": eight})
+    assert torch.equal(w4a16_linear(**arguments | {"multipliers": None, "codebook": codebook}), expected)
+
+
 def test_opcheck():
     for bits in (4, 8):
         for rank in (0, 2):
@@ -66,6 +75,8 @@ def test_opcheck():
         ({"smooth": torch.ones(23)}, "smooth"),
         ({"codes": torch.zeros(5, 24, dtype=torch.uint8)}, "codes"),
         ({"multipliers": None}, "codes"),
+        ({"codebook": torch.zeros(5, 16, dtype=torch.int8)}, "multipliers, codebook"),
+        ({"multipliers": None, "codebook": torch.zeros(5, 17, dtype=torch.int8)}, "codebook"),
         ({"group_size": 5}, "group_size"),
         ({"up": None}, "down, up"),
         ({"down": torch.zeros(2, 23)}, "down"),

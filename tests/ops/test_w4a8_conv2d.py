@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from qdiff.numerics.packing import pack_int4, pack_multipliers
+from qdiff.numerics.packing import pack_int4, pack_multipliers, unpack_int4
 from qdiff.ops import w4a8_conv2d, w8a8_conv2d
+
+FOUR_BIT_ONLY = ("multipliers", "codebook", "group_size")
 
 
 def inputs(batch=2, segments=(8,), size=(6, 5), n=4, kernel=(3, 3), stride=(1, 1), padding=(1, 1), group_size=4):
@@ -16,9 +18,12 @@ def inputs(batch=2, segments=(8,), size=(6, 5), n=4, kernel=(3, 3), stride=(1, 1
         "x_scale": torch.rand(batch, len(segments), generator=generator) + 0.1,
         "codes": pack_int4(q, group_size),
         "multipliers": pack_multipliers(multipliers),
+        "codebook": None,
         "scale": torch.rand(n, generator=generator) + 0.1,
         "group_size": group_size,
         "bias": torch.randn(n, generator=generator),
+        "shift": None,
+        "residual": None,
         "kernel": kernel,
         "stride": stride,
         "padding": padding,
@@ -41,8 +46,25 @@ CASES = {
 def test_is_the_8_bit_convolution_of_the_expanded_weights_bit_for_bit(case):
     """`w8a8_conv2d` is compared with float64; the expansion, here by the definition, is all that is new."""
     arguments, integers = inputs(**case)
-    eight = {name: value for name, value in arguments.items() if name not in ("multipliers", "group_size")}
+    eight = {name: value for name, value in arguments.items() if name not in FOUR_BIT_ONLY}
     assert torch.equal(w4a8_conv2d(**arguments), w8a8_conv2d(**eight | {"codes": integers}))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_codebook_gives_the_8_bit_convolution_of_its_entries_bit_for_bit(case):
+    arguments, _ = inputs(**case)
+    codebook = torch.randint(-128, 128, (4, 16), dtype=torch.int8)
+    u = unpack_int4(arguments["codes"], arguments["group_size"]).long() + 8
+    eight = {name: value for name, value in arguments.items() if name not in FOUR_BIT_ONLY}
+    expected = w8a8_conv2d(**eight | {"codes": codebook.gather(1, u)})
+    assert torch.equal(w4a8_conv2d(**arguments | {"multipliers": None, "codebook": codebook}), expected)
+
+
+def test_int32_gives_the_accumulators_of_all_segments():
+    arguments, integers = inputs(segments=(4, 12))
+    eight = {name: value for name, value in arguments.items() if name not in FOUR_BIT_ONLY}
+    changes = {"out_dtype": torch.int32}
+    assert torch.equal(w4a8_conv2d(**arguments | changes), w8a8_conv2d(**eight | changes | {"codes": integers}))
 
 
 def test_opcheck():
@@ -57,6 +79,10 @@ def test_opcheck():
         ({"group_size": 16}, "group_size"),
         ({"group_size": 2}, "multipliers"),
         ({"codes": torch.zeros(4, 72, dtype=torch.uint8)}, "codes"),
+        ({"multipliers": None}, "multipliers, codebook"),
+        ({"codebook": torch.zeros(4, 16, dtype=torch.int8)}, "multipliers, codebook"),
+        ({"multipliers": None, "codebook": torch.zeros(4, 15, dtype=torch.int8)}, "codebook"),
+        ({"shift": torch.zeros(2, 5)}, "shift"),
         ({"scale": torch.ones(5)}, "scale"),
         ({"segments": (7,)}, "segments"),
         ({"x_scale": torch.ones(2, 2)}, "x_scale"),

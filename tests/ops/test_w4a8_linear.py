@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from qdiff.numerics.packing import pack_int4, pack_multipliers
+from qdiff.numerics.packing import pack_int4, pack_multipliers, unpack_int4
 from qdiff.ops import w4a8_linear, w8a8_linear
+
+FOUR_BIT_ONLY = ("multipliers", "codebook", "group_size")
 
 
 def inputs(shape=(6, 40), n=5, group_size=8, rank=0, bias=True, out_dtype=torch.float32):
@@ -15,11 +17,13 @@ def inputs(shape=(6, 40), n=5, group_size=8, rank=0, bias=True, out_dtype=torch.
         "x_scale": torch.rand(m, generator=generator) + 0.01,
         "codes": pack_int4(q, group_size),
         "multipliers": pack_multipliers(multipliers),
+        "codebook": None,
         "scale": torch.rand(n, generator=generator) + 0.01,
         "group_size": group_size,
         "bias": torch.randn(n, generator=generator) if bias else None,
         "x_low": torch.randn(*shape[:-1], rank, generator=generator) if rank else None,
         "up": torch.randn(n, rank, generator=generator).half() if rank else None,
+        "residual": None,
         "out_dtype": out_dtype,
     }
     return arguments, q.long() * multipliers.long().repeat_interleave(group_size, 1)
@@ -44,8 +48,26 @@ def test_equals_the_float64_definition(shape, group_size, rank):
 
 def test_is_the_8_bit_product_of_the_expanded_weights_bit_for_bit():
     arguments, integers = inputs(rank=2)
-    eight = {name: value for name, value in arguments.items() if name not in ("multipliers", "group_size")}
+    eight = {name: value for name, value in arguments.items() if name not in FOUR_BIT_ONLY}
     assert torch.equal(w4a8_linear(**arguments), w8a8_linear(**eight | {"codes": integers.to(torch.int8)}))
+
+
+def test_a_codebook_gives_the_8_bit_product_of_its_entries_bit_for_bit():
+    arguments, _ = inputs((7, 64), n=9, group_size=32, rank=2)
+    codebook = torch.randint(-128, 128, (9, 16), dtype=torch.int8)
+    u = unpack_int4(arguments["codes"], 32).long() + 8
+    eight = {name: value for name, value in arguments.items() if name not in FOUR_BIT_ONLY}
+    expected = w8a8_linear(**eight | {"codes": codebook.gather(1, u)})
+    assert torch.equal(w4a8_linear(**arguments | {"multipliers": None, "codebook": codebook}), expected)
+
+
+@pytest.mark.parametrize("shape", [(40,), (2, 3, 40), (0, 40)], ids=str)
+def test_int32_gives_the_accumulators(shape):
+    arguments, integers = inputs(shape, rank=3, out_dtype=torch.int32)
+    arguments["scale"].fill_(float("nan"))
+    result = w4a8_linear(**arguments)
+    assert result.dtype == torch.int32
+    assert torch.equal(result.long(), arguments["x_codes"].long() @ integers.t())
 
 
 def test_extreme_codes_are_exact():
@@ -61,8 +83,10 @@ def test_extreme_codes_are_exact():
 
 
 def test_opcheck():
+    codebook = {"multipliers": None, "codebook": torch.zeros(5, 16, dtype=torch.int8)}
     for changes in ({}, {"bias": False}, {"rank": 2}, {"out_dtype": torch.bfloat16}, {"shape": (2, 3, 16)}):
         torch.library.opcheck(w4a8_linear, tuple(inputs(**changes)[0].values()))
+    torch.library.opcheck(w4a8_linear, tuple((inputs()[0] | codebook).values()))
 
 
 @pytest.mark.parametrize(
@@ -75,6 +99,11 @@ def test_opcheck():
         ({"codes": torch.zeros(5, 40, dtype=torch.uint8)}, "codes"),
         ({"codes": torch.zeros(5, 20, dtype=torch.int8)}, "codes"),
         ({"multipliers": torch.zeros(5, 5, dtype=torch.uint8)}, "multipliers"),
+        ({"multipliers": None}, "multipliers, codebook"),
+        ({"codebook": torch.zeros(5, 16, dtype=torch.int8)}, "multipliers, codebook"),
+        ({"multipliers": None, "codebook": torch.zeros(4, 16, dtype=torch.int8)}, "codebook"),
+        ({"multipliers": None, "codebook": torch.zeros(5, 16)}, "codebook"),
+        ({"residual": torch.zeros(5, 5)}, "residual"),
         ({"scale": torch.ones(4)}, "scale"),
         ({"x_scale": torch.ones(4)}, "x_scale"),
         ({"bias": torch.ones(4)}, "bias"),

@@ -25,7 +25,7 @@ CASES = {
 
 
 def inputs(
-    batch=2, segments=(6,), size=(6, 5), n=4, kernel=(3, 3), stride=(1, 1), padding=(1, 1), rows=None, bias=True
+    batch=2, segments=(6,), size=(6, 5), n=4, kernel=(3, 3), stride=(1, 1), padding=(1, 1), rows=None, added=True
 ):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-127, 128, (n, sum(segments), *kernel), dtype=torch.int8, generator=generator)
@@ -35,13 +35,19 @@ def inputs(
         "x_scale": torch.rand(batch if rows is None else rows, len(segments), generator=generator) + 0.1,
         "codes": to_gemm(weight, segments),
         "scale": torch.rand(n, generator=generator) + 0.1,
-        "bias": torch.randn(n, generator=generator) if bias else None,
+        "bias": torch.randn(n, generator=generator) if added else None,
+        "shift": torch.randn(batch, n, generator=generator) * 1000 if added else None,
+        "residual": None,
         "kernel": kernel,
         "stride": stride,
         "padding": padding,
         "segments": segments,
         "out_dtype": torch.float32,
     }
+    if added:
+        shape = [batch, n, *((size[i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in range(2))]
+        residual = torch.randn(shape, generator=generator) * 1000
+        arguments["residual"] = residual.contiguous(memory_format=torch.channels_last)
     return arguments, weight
 
 
@@ -56,13 +62,16 @@ def reference(arguments, weight):
         acc = F.conv2d(x[:, part], weight[:, part].double(), None, arguments["stride"], arguments["padding"])
         y, start = y + acc * scales[:, s, None, None, None], start + width
     y = y * arguments["scale"].double()[:, None, None]
-    return y if arguments["bias"] is None else y + arguments["bias"].double()[:, None, None]
+    if arguments["bias"] is None:
+        return y
+    y = y + arguments["bias"].double()[:, None, None] + arguments["shift"].double()[:, :, None, None]
+    return y + arguments["residual"].double()
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("bias", [False, True])
-def test_equals_the_float64_convolution(case, bias):
-    arguments, weight = inputs(**case, bias=bias)
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "bias, shift and residual"])
+def test_equals_the_float64_convolution(case, added):
+    arguments, weight = inputs(**case, added=added)
     result, expected = w8a8_conv2d(**arguments), reference(arguments, weight)
     assert result.shape == expected.shape
     assert result.is_contiguous(memory_format=torch.channels_last)
@@ -73,10 +82,30 @@ def test_equals_the_float64_convolution(case, bias):
 
 def test_the_integer_part_is_exact():
     """Unit scales: what is left is the exact sum, rounded once to float32 (here it does not need to be)."""
-    arguments, weight = inputs(segments=(64,), bias=False)
+    arguments, weight = inputs(segments=(64,), added=False)
     arguments["x_scale"].fill_(1)
     arguments["scale"].fill_(1)
     assert torch.equal(w8a8_conv2d(**arguments).double(), reference(arguments, weight))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_int32_gives_the_accumulators_of_all_segments(case):
+    arguments, weight = inputs(**case)
+    result = w8a8_conv2d(**arguments | {"out_dtype": torch.int32})
+    assert result.dtype == torch.int32
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    geometry = (arguments["stride"], arguments["padding"])
+    assert torch.equal(result.double(), F.conv2d(arguments["x_codes"].double(), weight.double(), None, *geometry))
+
+
+def test_what_is_added_is_added_in_the_documented_order():
+    """Values that float32 would sum to something else in another order."""
+    arguments, _ = inputs(size=(1, 1))
+    arguments["scale"].zero_()
+    arguments["bias"].fill_(1.0)
+    arguments["shift"].fill_(2.0**30)
+    arguments["residual"].fill_(-(2.0**30))
+    assert (w8a8_conv2d(**arguments) == 0).all()  # not 1: the bias was lost when the shift came
 
 
 @pytest.mark.parametrize("block_bytes", [1, 1 << 12, 1 << 30])
@@ -93,18 +122,21 @@ def test_any_memory_order_of_the_codes():
     expected = w8a8_conv2d(**arguments)
     for order in (x.contiguous(), x.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)):
         assert torch.equal(w8a8_conv2d(**arguments | {"x_codes": order}), expected)
+    assert torch.equal(w8a8_conv2d(**arguments | {"residual": arguments["residual"].contiguous()}), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_half_result_is_the_float32_result_cast_once(dtype):
     arguments, _ = inputs(segments=(2, 4))
-    half = w8a8_conv2d(**arguments | {"out_dtype": dtype})
-    assert torch.equal(half, w8a8_conv2d(**arguments).to(dtype))
+    residual = arguments["residual"].to(dtype)
+    half = w8a8_conv2d(**arguments | {"residual": residual, "out_dtype": dtype})
+    assert torch.equal(half, w8a8_conv2d(**arguments | {"residual": residual.float()}).to(dtype))
 
 
 def test_opcheck():
     for case in ("3x3", "everything differs", "two segments"):
         torch.library.opcheck(w8a8_conv2d, tuple(inputs(**CASES[case])[0].values()))
+    torch.library.opcheck(w8a8_conv2d, tuple((inputs()[0] | {"out_dtype": torch.int32}).values()))
 
 
 @pytest.mark.parametrize(
@@ -117,6 +149,10 @@ def test_opcheck():
         ({"codes": torch.zeros(4, 53, dtype=torch.int8)}, "codes"),
         ({"scale": torch.ones(3)}, "scale"),
         ({"bias": torch.ones(3)}, "bias"),
+        ({"shift": torch.ones(4)}, "shift"),
+        ({"shift": torch.ones(1, 4)}, "shift"),
+        ({"residual": torch.ones(2, 4, 6, 4)}, "residual"),
+        ({"residual": torch.ones(2, 4, 6, 5).half()}, "residual"),
         ({"kernel": (3,)}, "kernel"),
         ({"kernel": (0, 3)}, "kernel"),
         ({"stride": (0, 1)}, "stride"),

@@ -4,7 +4,7 @@ import torch
 from qdiff.ops import w8a8_linear
 
 
-def inputs(shape=(6, 33), n=5, rows=None, bias=True, rank=0, out_dtype=torch.float32, seed=0):
+def inputs(shape=(6, 33), n=5, rows=None, bias=True, rank=0, residual=False, out_dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     m, k = torch.Size(shape[:-1]).numel(), shape[-1]
     return {
@@ -15,25 +15,27 @@ def inputs(shape=(6, 33), n=5, rows=None, bias=True, rank=0, out_dtype=torch.flo
         "bias": torch.randn(n, generator=generator) if bias else None,
         "x_low": torch.randn(*shape[:-1], rank, generator=generator) if rank else None,
         "up": torch.randn(n, rank, generator=generator).half() if rank else None,
+        "residual": (torch.randn(*shape[:-1], n, generator=generator) * 1000).to(out_dtype) if residual else None,
         "out_dtype": out_dtype,
     }
 
 
-def reference(x_codes, x_scale, codes, scale, bias, x_low, up, out_dtype):
+def reference(x_codes, x_scale, codes, scale, bias, x_low, up, residual, out_dtype):
     """Integers in int64, the rest in float64."""
     acc = x_codes.long() @ codes.long().t()
     m = x_codes.shape[:-1].numel()
     x_scale = x_scale.double().repeat_interleave(m // max(1, len(x_scale))).view(*x_codes.shape[:-1], 1)
     y = acc.double() * x_scale * scale.double()
     y = y if bias is None else y + bias.double()
-    return y if x_low is None else y + x_low.double() @ up.double().t()
+    y = y if x_low is None else y + x_low.double() @ up.to(x_low.dtype).double().t()
+    return y if residual is None else y + residual.double()
 
 
 @pytest.mark.parametrize("shape", [(33,), (1, 2), (6, 33), (2, 3, 64), (2, 3, 4, 10), (3000, 70), (0, 8)], ids=str)
 @pytest.mark.parametrize("rank", [0, 3])
-@pytest.mark.parametrize("bias", [False, True])
-def test_equals_the_float64_definition(shape, rank, bias):
-    arguments = inputs(shape, rank=rank, bias=bias)
+@pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, False), (True, True)])
+def test_equals_the_float64_definition(shape, rank, bias, residual):
+    arguments = inputs(shape, rank=rank, bias=bias, residual=residual)
     result, expected = w8a8_linear(**arguments), reference(**arguments)
     assert result.shape == expected.shape
     # Five float32 roundings of terms no larger than the largest value here.
@@ -63,10 +65,37 @@ def test_the_integer_part_is_exact_and_in_the_documented_order():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_half_result_is_the_float32_result_cast_once(dtype):
-    arguments = inputs((3000, 70), rank=3)
-    full, half = w8a8_linear(**arguments), w8a8_linear(**arguments | {"out_dtype": dtype})
+    arguments = inputs((3000, 70), rank=3, residual=True, out_dtype=dtype)
+    half = w8a8_linear(**arguments)
+    full = w8a8_linear(**arguments | {"residual": arguments["residual"].float(), "out_dtype": torch.float32})
     assert half.dtype == dtype
     assert torch.equal(half, full.to(dtype))
+
+
+def test_the_branch_is_rounded_to_the_dtype_of_what_it_reads():
+    arguments = inputs(rank=3, bias=False)
+    arguments["scale"].zero_()
+    arguments["x_low"] = arguments["x_low"].bfloat16()
+    arguments["up"] = torch.full((5, 3), 1 + 2**-10, dtype=torch.float16)  # 1 in bfloat16
+    expected = arguments["x_low"].float().sum(-1, keepdim=True).expand(6, 5)
+    torch.testing.assert_close(w8a8_linear(**arguments), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_residual_larger_than_float16_sums_is_added_before_the_cast():
+    arguments = inputs((1, 32), n=1, bias=False, residual=True, out_dtype=torch.float16)
+    for name, value in (("x_codes", 127), ("codes", 127), ("x_scale", 1.0), ("scale", 0.2)):
+        arguments[name].fill_(value)
+    arguments["residual"].fill_(-60000.0)
+    assert float(w8a8_linear(**arguments)) == pytest.approx(127 * 127 * 32 * 0.2 - 60000, abs=32)
+
+
+@pytest.mark.parametrize("shape", [(33,), (2, 3, 33), (3000, 70), (0, 8)], ids=str)
+def test_int32_gives_the_accumulators_and_nothing_else(shape):
+    arguments = inputs(shape, rank=3, out_dtype=torch.int32)
+    arguments["bias"].fill_(float("nan"))
+    result = w8a8_linear(**arguments)
+    assert result.dtype == torch.int32
+    assert torch.equal(result.long(), arguments["x_codes"].long() @ arguments["codes"].long().t())
 
 
 def test_sums_beyond_the_range_of_float16_survive_until_they_are_scaled():
@@ -79,7 +108,7 @@ def test_sums_beyond_the_range_of_float16_survive_until_they_are_scaled():
 
 
 def test_strides_do_not_matter():
-    arguments = inputs((6, 33), rank=3)
+    arguments = inputs((6, 33), rank=3, residual=True)
     strided = {
         name: value.repeat_interleave(2, 0)[::2] if isinstance(value, torch.Tensor) else value
         for name, value in arguments.items()
@@ -89,7 +118,13 @@ def test_strides_do_not_matter():
 
 
 def test_opcheck():
-    for changes in ({}, {"bias": False}, {"rank": 2}, {"out_dtype": torch.float16}, {"shape": (2, 3, 8), "rows": 2}):
+    for changes in (
+        {},
+        {"bias": False},
+        {"rank": 2, "residual": True},
+        {"out_dtype": torch.int32},
+        {"shape": (2, 3, 8), "rows": 2},
+    ):
         torch.library.opcheck(w8a8_linear, tuple(inputs(**changes).values()))
 
 
@@ -109,7 +144,9 @@ def test_opcheck():
         ({"x_low": torch.zeros(6, 4)}, "x_low"),
         ({"x_low": torch.zeros(5, 3)}, "x_low"),
         ({"up": torch.zeros(4, 3)}, "up"),
-        ({"out_dtype": torch.int32}, "out_dtype"),
+        ({"out_dtype": torch.int8}, "out_dtype"),
+        ({"residual": torch.zeros(6, 4)}, "residual"),
+        ({"residual": torch.zeros(6, 5).half()}, "residual"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

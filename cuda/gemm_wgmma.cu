@@ -1,0 +1,695 @@
+// Integer tiles on Hopper: a linear layer or a convolution of int8 activations with 4- or 8-bit weights.
+//
+// out[p, n] over output pixels p = (b, h, w) and features n, as an implicit product over (segment, tap, channel); a linear
+// layer is the 1x1 convolution of one image, one pixel high and M wide. Weights are the A operand: packed words come to
+// shared memory, are unpacked to int8 in registers, and never travel again. Activations are the B operand, in shared
+// memory as the copy engine leaves them: a box of channels x pixels at the tap's offset, zeros outside the image.
+//
+// A producer warpgroup (one thread drives the copy engine, one warp lays out the multipliers) gives its registers to two
+// consumer warpgroups. Compiled for one tile:
+//   WEIGHT     4: int4 with a multiplier a block of 32, 5: int4 with a codebook a row, 8: int8
+//   TOKENS     output pixels a tile: 16 or a multiple of 32, to 256
+//   RANK       1: with a low-rank branch
+//   SEGMENTED  1: channel segments with scales of their own, summed in float32
+//   OUT        results: 0 float32, or the integers themselves, 1 half, 2 bfloat16
+//   ELEMENTS   1: results are stored one by one (always with OUT 0); 0: four features at a time
+//   EXTRAS     1: with a shift or a residual
+//   SPLIT      blocks (a cluster) that share the K axis of one tile and add up their integers
+//   STAGES     depth of the pipeline, 128 of K each
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "dtype.cuh"
+#include "sm90.cuh"
+#include "unpack.cuh"
+#include "wgmma.cuh"
+
+constexpr int kFeatures = 128;  // of a tile, 64 a warpgroup
+constexpr int kChunk = TOKENS < 32 || RANK || EXTRAS ? 16 : 32;  // tokens of a step of the epilogue
+constexpr int kWeightRow = WEIGHT == 8 ? 64 : 32;  // bytes of a weight row in a sub-block of 64
+constexpr int kWeightBytes = kFeatures * kWeightRow;
+constexpr int kInputBytes = TOKENS * 64;
+constexpr int kSubBytes = kWeightBytes + kInputBytes;
+constexpr int kStageBytes = 2 * kSubBytes;
+constexpr int kMultiplierBytes = WEIGHT == 4 ? 4 * kFeatures : 0;  // of a stage: one for each row and block of 32
+constexpr int kMaxSegments = 4;
+constexpr int kAccumulators = TOKENS / 2;
+constexpr int kScaled = SEGMENTED || SPLIT > 1 ? kMaxSegments : 1;  // segments whose scales are looked at
+constexpr int kTable = (kScaled + 2) * TOKENS;  // words of a warpgroup's tables
+constexpr int kScales = (TOKENS + 127) / 128;
+
+struct Params {
+    TensorMap weight, input, low;
+    const unsigned char* multipliers;
+    const signed char* codebook;
+    const float* scale;
+    const float* input_scale;
+    const void* bias;
+    const void* shift;
+    const void* residual;
+    const void* up;
+    float4* partial;
+    void* out;
+    int features, images, height, width;  // of the output
+    int kernel_w, taps, stride_h, stride_w, padding_h, padding_w;
+    int segments, channels[kMaxSegments];
+    int box_w, box_h, box_n;  // a tile's pixels are a box of columns, rows and images
+    int tiles_w, tiles_h, feature_tiles, tiles;
+    int rows_per_scale, is_image;
+    int multiplier_stride, rank;
+    int is_integer, bias_dtype, shift_dtype, low_is_bf16;
+};
+
+// Where the K axis is: sub-blocks of 64 channels of one tap, the last of a tap 32 wide when the segment's width is odd.
+struct Walk {
+    int chunk, chunks, blocks, block, tap_h, tap_w, channel;
+
+    __device__ Walk(const Params& p, int segment, int sub) {
+        int before = 0;
+        for (int s = 0; s < segment; ++s) before += p.channels[s];
+        blocks = p.channels[segment] / 32;
+        chunks = (blocks + 1) / 2;
+        const int tap = sub / chunks;
+        chunk = sub - tap * chunks;
+        block = before / 32 * p.taps + tap * blocks + 2 * chunk;
+        tap_h = tap / p.kernel_w;
+        tap_w = tap - tap_h * p.kernel_w;
+        channel = before;
+    }
+    __device__ bool whole() const { return 2 * chunk + 1 < blocks; }
+    __device__ void next(const Params& p) {
+        block += whole() ? 2 : 1;
+        if (++chunk == chunks) {
+            chunk = 0;
+            if (++tap_w == p.kernel_w) {
+                tap_w = 0;
+                ++tap_h;
+            }
+        }
+    }
+};
+
+// What part of the K axis this block works on: whole segments, or with SPLIT a share of the stages of one.
+struct Share {
+    int first_segment, end_segment, part, parts;
+
+    __device__ explicit Share(const Params& p) {
+        first_segment = 0, end_segment = p.segments, part = 0, parts = 1;
+        if (SPLIT > 1) {
+            parts = SPLIT / p.segments;
+            first_segment = cluster_rank() / parts;
+            end_segment = first_segment + 1;
+            part = cluster_rank() % parts;
+        }
+    }
+    __device__ void stages(const Params& p, int segment, int& subs, int& first, int& end) const {
+        subs = p.taps * ((p.channels[segment] / 32 + 1) / 2);
+        const int total = (subs + 1) / 2;
+        first = part * total / parts;
+        end = (part + 1) * total / parts;
+    }
+};
+
+struct Tile {
+    int feature, image, row, column;
+
+    __device__ Tile(const Params& p, int index) {
+        const int box = index / p.feature_tiles;
+        feature = (index - box * p.feature_tiles) * kFeatures;
+        column = box * p.box_w;
+        image = row = 0;
+        if (p.is_image) {
+            const int line = box / p.tiles_w, plane = line / p.tiles_h;
+            column = (box - line * p.tiles_w) * p.box_w;
+            row = (line - plane * p.tiles_h) * p.box_h;
+            image = plane * p.box_n;
+        }
+    }
+    // The pixel of one of the tile's tokens; a linear layer has one row of them.
+    __device__ void pixel(const Params& p, int token, int& b, int& h, int& w) const {
+        b = h = 0;
+        w = column + token;
+        if (p.is_image) {
+            const int line = token / p.box_w, plane = line / p.box_h;
+            w -= line * p.box_w;
+            h = row + line - plane * p.box_h;
+            b = image + plane;
+        }
+    }
+};
+
+__device__ __forceinline__ void produce(const Params& p, unsigned stages, unsigned full, unsigned empty) {
+    const Share share(p);
+    int stage = 0;
+    unsigned phase = 1;  // the buffers start out empty
+    prefetch_map(&p.weight);
+    prefetch_map(&p.input);
+    auto acquire = [&](int bytes) {
+        barrier_wait(empty + 8 * stage, phase);
+        barrier_expect(full + 8 * stage, bytes);
+    };
+    auto advance = [&] {
+        if (++stage == STAGES) {
+            stage = 0;
+            phase ^= 1;
+        }
+    };
+    for (int index = blockIdx.x / SPLIT; index < p.tiles; index += gridDim.x / SPLIT) {
+        const Tile tile(p, index);
+        const int w0 = tile.column * p.stride_w - p.padding_w, h0 = tile.row * p.stride_h - p.padding_h;
+        for (int segment = share.first_segment; segment < share.end_segment; ++segment) {
+            int subs, first, end;
+            share.stages(p, segment, subs, first, end);
+            Walk walk(p, segment, 2 * first);
+            for (int i = first; i < end; ++i) {
+                const int here = min(2, subs - 2 * i);
+                acquire(here * kSubBytes);
+                for (int sub = 0; sub < here; ++sub) {
+                    const unsigned at = stages + stage * kStageBytes + sub * kSubBytes, bar = full + 8 * stage;
+                    tma_load_2d(at, &p.weight, bar, walk.block * (WEIGHT == 8 ? 32 : 16), tile.feature);
+                    tma_load_4d(at + kWeightBytes, &p.input, bar, walk.channel + 64 * walk.chunk, w0 + walk.tap_w,
+                                h0 + walk.tap_h, tile.image);
+                    walk.next(p);
+                }
+                advance();
+            }
+        }
+        if (RANK && (SPLIT == 1 || cluster_rank() == 0)) {
+            for (int r = 0; r < p.rank; r += 64) {
+                const int here = p.rank - r > 32 ? 2 : 1;
+                acquire(here * kInputBytes);
+                for (int sub = 0; sub < here; ++sub)
+                    tma_load_4d(stages + stage * kStageBytes + sub * kSubBytes + kWeightBytes, &p.low, full + 8 * stage,
+                                2 * r + 64 * sub, tile.column, 0, 0);
+                advance();
+            }
+        }
+    }
+}
+
+// Lays out the multipliers: for each stage and row a word with those of its four blocks of 32, zero where the K axis has
+// no such block. A lane keeps 16 blocks of each of its rows, so that global memory is read once every 256 of K.
+__device__ __forceinline__ void produce_multipliers(const Params& p, unsigned words, unsigned full, unsigned empty) {
+    constexpr int kRows = kFeatures / 32;
+    const Share share(p);
+    const int lane = threadIdx.x % 32, stride = p.multiplier_stride;
+    int stage = 0;
+    unsigned phase = 1;
+    for (int index = blockIdx.x / SPLIT; index < p.tiles; index += gridDim.x / SPLIT) {
+        const Tile tile(p, index);
+        unsigned here[kRows], next[kRows];
+        auto load = [&](unsigned(&into)[kRows], int word) {
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) {
+                const unsigned char* row =
+                    p.multipliers + static_cast<long long>(min(tile.feature + lane + 32 * i, p.features - 1)) * stride;
+                unsigned v = 0;
+                if ((stride & 3) == 0) {
+                    if (4 * word < stride) v = __ldg(reinterpret_cast<const unsigned*>(row) + word);
+                } else {
+#pragma unroll
+                    for (int b = 0; b < 4; ++b)
+                        if (4 * word + b < stride) v |= static_cast<unsigned>(__ldg(row + 4 * word + b)) << (8 * b);
+                }
+                into[i] = v;
+            }
+        };
+        for (int segment = share.first_segment; segment < share.end_segment; ++segment) {
+            int subs, first, end;
+            share.stages(p, segment, subs, first, end);
+            Walk walk(p, segment, 2 * first);
+            int word = walk.block >> 3;
+            if (first < end) {
+                load(here, word);
+                load(next, word + 1);
+            }
+            for (int i = first; i < end; ++i) {
+                unsigned packed[kRows];
+#pragma unroll
+                for (int sub = 0; sub < 2; ++sub) {
+                    if (walk.block >> 3 != word) {
+                        ++word;
+#pragma unroll
+                        for (int r = 0; r < kRows; ++r) here[r] = next[r];
+                        load(next, word + 1);
+                    }
+                    const unsigned mask = 2 * i + sub < subs ? (walk.whole() ? 0xff : 0x0f) : 0;
+#pragma unroll
+                    for (int r = 0; r < kRows; ++r) {
+                        const unsigned two = __funnelshift_r(here[r], next[r], 4 * (walk.block & 7)) & mask;
+                        packed[r] = sub == 0 ? two : packed[r] | two << 16;
+                    }
+                    if (2 * i + sub < subs) walk.next(p);
+                }
+                barrier_wait(empty + 8 * stage, phase);
+#pragma unroll
+                for (int r = 0; r < kRows; ++r)
+                    store_shared(words + stage * kMultiplierBytes + 4 * (lane + 32 * r),
+                                 (packed[r] & 0x000f000f) | (packed[r] & 0x00f000f0) << 4);
+                __syncwarp();
+                if (lane == 0) barrier_arrive(full + 8 * stage);
+                if (++stage == STAGES) {
+                    stage = 0;
+                    phase ^= 1;
+                }
+            }
+        }
+        if (RANK && (SPLIT == 1 || cluster_rank() == 0))
+            for (int r = 0; r < p.rank; r += 64) {
+                barrier_wait(empty + 8 * stage, phase);
+                if (lane == 0) barrier_arrive(full + 8 * stage);
+                if (++stage == STAGES) {
+                    stage = 0;
+                    phase ^= 1;
+                }
+            }
+    }
+}
+
+// The scale of one of a tile's tokens; position = segment * TOKENS + token.
+__device__ __forceinline__ float input_scale(const Params& p, const Tile& tile, int position) {
+    int b, h, w;
+    tile.pixel(p, position % TOKENS, b, h, w);
+    int item = p.is_image ? min(b, p.images - 1) : min(w, p.width - 1);
+    if (p.rows_per_scale > 1) item /= p.rows_per_scale;
+    return __ldg(p.input_scale + item * p.segments + position / TOKENS);
+}
+
+// The A fragments of a sub-block: [half of 32][register].
+typedef unsigned Fragments[2][4];
+
+__device__ __forceinline__ float to_float(unsigned accumulator) { return static_cast<float>(static_cast<int>(accumulator)); }
+
+__device__ __forceinline__ float4 add4(const float4& a, const float4& b) {
+    return make_float4(__fadd_rn(a.x, b.x), __fadd_rn(a.y, b.y), __fadd_rn(a.z, b.z), __fadd_rn(a.w, b.w));
+}
+
+// Two results in 16 bits each, the first in the low ones.
+__device__ __forceinline__ unsigned pack2(float low, float high) {
+    unsigned v;
+    if (OUT == 1)
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    return v;
+}
+
+__device__ __forceinline__ void consume(const Params& p, unsigned char* shared, unsigned full, unsigned empty) {
+    const unsigned stages = shared_address(shared);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int group = warp / 4, row = 16 * (warp % 4) + lane / 8 * 4 + lane / 4 % 2, pair = 2 * (lane % 4);
+    const Share share(p);
+    // Of a tile's tokens: the input's scales, one for each segment; where the result goes, or -1; which image it is of.
+    float* const scales = reinterpret_cast<float*>(shared + STAGES * kStageBytes) + group * kTable;
+    int* const pixels = reinterpret_cast<int*>(scales + kScaled * TOKENS);
+    int* const images = pixels + TOKENS;
+    // Where this thread's words are: the copy engine swaps the halves of a sub-block in every other four rows.
+    const int my_weights = (group * 64 + row) * kWeightRow + ((row >> 2 & 1) << 4) + 2 * pair;
+    const int other_half = (row >> 2 & 1) ? -16 : 16;
+    const int my_multipliers = STAGES * kStageBytes + 2 * kTable * 4 + 16 * STAGES + 4 * (group * 64 + row);
+    float4* const partial = p.partial + static_cast<long long>(2 * blockIdx.x + group) * (kAccumulators / 4) * 128 + threadIdx.x % 128;
+    int stage = 0;
+    unsigned phase = 0;
+    auto release = [&](int s) {
+        if (lane == 0) barrier_arrive(empty + 8 * s);
+    };
+    auto advance = [&] {
+        if (++stage == STAGES) {
+            stage = 0;
+            phase ^= 1;
+        }
+    };
+
+    for (int index = blockIdx.x / SPLIT; index < p.tiles; index += gridDim.x / SPLIT) {
+        const Tile tile(p, index);
+        const int first_feature = tile.feature + group * 64;
+        const bool last = SPLIT == 1 || cluster_rank() == 0;
+        unsigned acc[kAccumulators];
+        float sum[SPLIT > 1 ? kAccumulators : 4];  // of the segments that are complete
+
+        if (first_feature >= p.features) {  // nothing of this warpgroup's is in the output: keep the pipeline going
+            for (int segment = share.first_segment; segment < share.end_segment; ++segment) {
+                int subs, first, end;
+                share.stages(p, segment, subs, first, end);
+                for (int i = first; i < end; ++i) {
+                    barrier_wait(full + 8 * stage, phase);
+                    release(stage);
+                    advance();
+                }
+            }
+            if (RANK && last)
+                for (int r = 0; r < p.rank; r += 64) {
+                    barrier_wait(full + 8 * stage, phase);
+                    release(stage);
+                    advance();
+                }
+            if (SPLIT > 1) {
+                named_barrier(3, 256);
+                cluster_sync();
+                cluster_sync();
+            }
+            continue;
+        }
+
+        // What the epilogue needs, asked for early: the scales of the tile's tokens and of this thread's features.
+        float weight_scale[2], token_scale[kScales];
+        unsigned bias_bits[2];
+        unsigned codebook[2][4];
+#pragma unroll
+        for (int i = 0; i < kScales; ++i) token_scale[i] = input_scale(p, tile, threadIdx.x % 128 + 128 * i);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int feature = min(first_feature + row + 2 * i, p.features - 1);
+            weight_scale[i] = __ldg(p.scale + feature);
+            bias_bits[i] = 0;
+            if (p.bias)
+                bias_bits[i] = p.bias_dtype == 0 ? __ldg(static_cast<const unsigned*>(p.bias) + feature)
+                                                 : __ldg(static_cast<const unsigned short*>(p.bias) + feature);
+            if (WEIGHT == 5) {
+                const uint4 entries = __ldg(reinterpret_cast<const uint4*>(p.codebook) + feature);
+                codebook[i][0] = entries.x, codebook[i][1] = entries.y, codebook[i][2] = entries.z, codebook[i][3] = entries.w;
+            }
+        }
+        auto share_tables = [&] {  // with the whole warpgroup, once its threads have read the last tile's
+            named_barrier(1 + group, 128);
+#pragma unroll
+            for (int i = 0; i < kScales; ++i) {
+                const int token = threadIdx.x % 128 + 128 * i;
+                if (token >= TOKENS) continue;
+                int b, h, w;
+                tile.pixel(p, token, b, h, w);
+                scales[token] = token_scale[i];
+                pixels[token] = b < p.images && h < p.height && w < p.width ? (b * p.height + h) * p.width + w : -1;
+                images[token] = min(b, p.images - 1);
+            }
+            for (int i = threadIdx.x % 128 + TOKENS; i < TOKENS * min(kScaled, p.segments); i += 128) scales[i] = input_scale(p, tile, i);
+            named_barrier(1 + group, 128);
+        };
+
+        // The packed words of a stage, as soon as it is there; and a sub-block's fragments, unpacked from them.
+        unsigned words[2][2][2], multipliers[2];
+        auto fetch = [&] {
+            barrier_wait(full + 8 * stage, phase);
+            const unsigned char* const at = shared + stage * kStageBytes + my_weights;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                if (WEIGHT == 4)
+                    multipliers[i] = *reinterpret_cast<const unsigned*>(shared + my_multipliers + stage * kMultiplierBytes + 8 * i);
+                if (WEIGHT != 8) {
+#pragma unroll
+                    for (int sub = 0; sub < 2; ++sub) {
+                        words[sub][0][i] = *reinterpret_cast<const unsigned*>(at + sub * kSubBytes + 64 * i);
+                        words[sub][1][i] = *reinterpret_cast<const unsigned*>(at + other_half + sub * kSubBytes + 64 * i);
+                    }
+                }
+            }
+        };
+        auto unpack = [&](Fragments& a, int sub, const Walk& walk, int stage) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const bool live = WEIGHT == 4 || half == 0 || walk.whole();
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    unsigned lo, hi;
+                    if (WEIGHT == 4) {
+                        unpack_s4(words[sub][half][i], __byte_perm(multipliers[i], 0, 0x4440 + 2 * sub + half), lo, hi);
+                    } else if (WEIGHT == 5) {
+                        unpack_codebook(words[sub][half][i], codebook[i], lo, hi);
+                    } else {
+                        const int r = row + 2 * i, turn = (r >> 1 & 3) << 4;
+                        const unsigned char* const line =
+                            shared + stage * kStageBytes + sub * kSubBytes + (group * 64 + r) * 64 + 2 * pair;
+                        lo = *reinterpret_cast<const unsigned*>(line + ((32 * half) ^ turn));
+                        hi = *reinterpret_cast<const unsigned*>(line + ((32 * half + 16) ^ turn));
+                    }
+                    a[half][i] = live ? lo : 0;
+                    a[half][2 + i] = live ? hi : 0;
+                }
+            }
+        };
+        auto multiply = [&](Fragments& a, unsigned address, bool add) {
+            const unsigned long long desc = tile_descriptor(address + kWeightBytes);
+#pragma unroll
+            for (int e = 0; e < 8; ++e) settled(a[e / 4][e % 4]);
+            wgmma_fence();
+#pragma unroll
+            for (int half = 0; half < 2; ++half) wgmma_s8(acc, a[half], desc + 2 * half, add || half);
+            wgmma_commit();
+        };
+
+        // Four accumulators times their tokens' scales.
+        auto scaled = [&](int j, int segment) {
+            const float* at = scales + segment * TOKENS + 8 * (j / 4) + pair;
+            const float low = at[0], high = at[1];
+            return make_float4(__fmul_rn(to_float(acc[j]), low), __fmul_rn(to_float(acc[j + 1]), high),
+                               __fmul_rn(to_float(acc[j + 2]), low), __fmul_rn(to_float(acc[j + 3]), high));
+        };
+
+        bool add = false;
+        for (int segment = share.first_segment; segment < share.end_segment; ++segment) {
+            int subs, first, end;
+            share.stages(p, segment, subs, first, end);
+            if (SEGMENTED) add = false;  // the one before is in float32 by now
+            Walk walk(p, segment, 2 * first);
+            Fragments even, odd;
+            int before = stage;
+            if (first < end) {
+                fetch();
+                unpack(even, 0, walk, stage);
+                walk.next(p);
+            }
+            for (int i = first; i < end; ++i) {
+                const bool both = 2 * i + 1 < subs, more = i + 1 < end;
+                multiply(even, stages + stage * kStageBytes, add);
+                add = true;
+                wgmma_wait<1>();  // the odd half of the stage before: its fragments may be written again
+                if (i > first) release(before);
+                if (both) {
+                    unpack(odd, 1, walk, stage);
+                    walk.next(p);
+                    multiply(odd, stages + stage * kStageBytes + kSubBytes, true);
+                }
+                before = stage;
+                advance();
+                if (more) fetch();
+                if (both)
+                    wgmma_wait<1>();  // the even half
+                else
+                    wgmma_wait<0>();
+                if (more) {
+                    unpack(even, 0, walk, stage);
+                    walk.next(p);
+                }
+            }
+            wgmma_wait<0>();
+            if (first < end) release(before);
+            if (SEGMENTED && segment + 1 < p.segments) {
+                if (segment == 0) share_tables();
+#pragma unroll
+                for (int j = 0; j < kAccumulators; j += 4) {
+                    float4 sum = scaled(j, segment);
+                    if (segment > 0) sum = add4(partial[j / 4 * 128], sum);
+                    partial[j / 4 * 128] = sum;
+                }
+            }
+        }
+
+        if (SPLIT > 1) {
+            if (!add) {  // a share of no stages
+#pragma unroll
+                    for (int j = 0; j < kAccumulators; ++j) acc[j] = 0;
+            }
+            named_barrier(3, 256);  // the other warpgroup, too, has read what it needs of the pipeline's buffers
+            // They carry the integers to the first block.
+            static_assert(SPLIT == 1 || kAccumulators * 128 * 4 * 2 <= STAGES * kStageBytes, "no room to exchange");
+            const unsigned mine = stages + (group * 128 + threadIdx.x % 128) * 16;
+            constexpr unsigned kStep = 256 * 16;
+            if (!last) {
+#pragma unroll
+                    for (int j = 0; j < kAccumulators; j += 4)
+                        *reinterpret_cast<uint4*>(shared + (mine - stages) + j / 4 * kStep) =
+                            make_uint4(acc[j], acc[j + 1], acc[j + 2], acc[j + 3]);
+            }
+            cluster_sync();
+            if (last) {
+                if (p.segments > 1) share_tables();
+                for (int rank = 1; rank < SPLIT; ++rank) {
+                    const unsigned theirs = cluster_address(mine, rank);
+                    const int segment = rank / share.parts;
+                    const bool begins = !p.is_integer && rank % share.parts == 0;
+#pragma unroll
+                    for (int j = 0; j < kAccumulators; j += 4) {
+                        const uint4 v = load_cluster(theirs + j / 4 * kStep);
+                        if (begins) {  // a new segment: the one before it is complete
+                            float4 part = scaled(j, segment - 1);
+                            if (segment > 1) part = add4(make_float4(sum[j], sum[j + 1], sum[j + 2], sum[j + 3]), part);
+                            sum[j] = part.x, sum[j + 1] = part.y, sum[j + 2] = part.z, sum[j + 3] = part.w;
+                            acc[j] = v.x, acc[j + 1] = v.y, acc[j + 2] = v.z, acc[j + 3] = v.w;
+                        } else {
+                            acc[j] += v.x, acc[j + 1] += v.y, acc[j + 2] += v.z, acc[j + 3] += v.w;
+                        }
+                    }
+                }
+            }
+            cluster_sync();
+            if (!last) continue;
+        }
+
+        // Epilogue: float32, each step rounded on its own, one cast at the end; kChunk tokens at a time.
+        if (!SEGMENTED && !(SPLIT > 1 && p.segments > 1)) share_tables();
+        const int low_stage = stage;
+        if (RANK)
+            for (int r = 0; r < p.rank; r += 64) {
+                barrier_wait(full + 8 * stage, phase);
+                advance();
+            }
+        float bias[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            bias[i] = p.bias_dtype == 0 ? __uint_as_float(bias_bits[i]) : float_of_bits(bias_bits[i], p.bias_dtype);
+        // After an 8x8 block is turned over a thread has one token and two features of it; the order of a warp's rows
+        // makes those of its two blocks four features in a row.
+        const int my_feature = first_feature + 16 * (warp % 4) + 2 * pair;
+        const char* const my_residual = static_cast<const char*>(p.residual) + 2 * my_feature;
+        char* const my_out = static_cast<char*>(p.out) + 2 * my_feature;
+#pragma unroll
+        for (int chunk = 0; chunk < TOKENS / kChunk; ++chunk) {
+            constexpr int kValues = kChunk / 2;
+            float v[kValues];
+            const int first = chunk * kValues;
+#pragma unroll
+            for (int j = 0; j < kValues; j += 4) {
+                float4 y = scaled(first + j, kScaled > 1 ? p.segments - 1 : 0);
+                if (SEGMENTED) y = add4(partial[(first + j) / 4 * 128], y);
+                if (SPLIT > 1 && p.segments > 1)
+                    y = add4(make_float4(sum[first + j], sum[first + j + 1], sum[first + j + 2], sum[first + j + 3]), y);
+                v[j] = __fadd_rn(__fmul_rn(y.x, weight_scale[0]), bias[0]);
+                v[j + 1] = __fadd_rn(__fmul_rn(y.y, weight_scale[0]), bias[0]);
+                v[j + 2] = __fadd_rn(__fmul_rn(y.z, weight_scale[1]), bias[1]);
+                v[j + 3] = __fadd_rn(__fmul_rn(y.w, weight_scale[1]), bias[1]);
+            }
+            if (EXTRAS && p.shift) {  // eight tokens have one image
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int feature = min(first_feature + row + 2 * i, p.features - 1);
+                    int current = -1;
+                    float shift = 0.0f;
+#pragma unroll
+                    for (int j = 0; j < kValues; j += 4) {
+                        const int image = images[2 * (first + j)];
+                        if (image != current)
+                            shift = load_float(p.shift, p.shift_dtype, static_cast<long long>(image) * p.features + feature);
+                        current = image;
+                        v[j + 2 * i] = __fadd_rn(v[j + 2 * i], shift);
+                        v[j + 2 * i + 1] = __fadd_rn(v[j + 2 * i + 1], shift);
+                    }
+                }
+            }
+            if (RANK) {
+                float low[kValues];
+                int at = low_stage;
+                for (int r = 0; r < p.rank; r += 32) {
+                    unsigned a[2][4];
+#pragma unroll
+                    for (int e = 0; e < 8; ++e) {  // e = 4 half + register, as an A fragment of 16-bit numbers
+                        const int feature = min(first_feature + row + 2 * (e % 2), p.features - 1);
+                        const int k = r + 16 * (e / 4) + 8 * (e / 2 % 2) + pair;
+                        const unsigned short* up = static_cast<const unsigned short*>(p.up) + static_cast<long long>(feature) * p.rank;
+                        a[e / 4][e % 4] = k < p.rank ? __ldg(reinterpret_cast<const unsigned*>(up + k)) : 0;
+                    }
+                    const unsigned sub = stages + at * kStageBytes + (r / 32 % 2) * kSubBytes + kWeightBytes;
+                    const unsigned long long desc = tile_descriptor(sub + chunk * kChunk * 64);
+#pragma unroll
+                    for (int e = 0; e < 8; ++e) settled(a[e / 4][e % 4]);
+                    wgmma_fence();
+                    if (p.low_is_bf16) {
+                        wgmma_bf16(low, a[0], desc, r > 0);
+                        wgmma_bf16(low, a[1], desc + 2, 1);
+                    } else {
+                        wgmma_f16(low, a[0], desc, r > 0);
+                        wgmma_f16(low, a[1], desc + 2, 1);
+                    }
+                    wgmma_commit();
+                    wgmma_wait<0>();
+                    if (r / 32 % 2 == 1 && ++at == STAGES) at = 0;
+                }
+#pragma unroll
+                for (int j = 0; j < kValues; ++j) v[j] = __fadd_rn(v[j], low[j]);
+            }
+            if (ELEMENTS) {
+#pragma unroll
+                for (int j = 0; j < kValues; ++j) {
+                    const int pixel = pixels[8 * ((first + j) / 4) + pair + j % 2];
+                    const int feature = first_feature + row + 2 * (j / 2 % 2);
+                    if (pixel < 0 || feature >= p.features) continue;
+                    const long long at = static_cast<long long>(pixel) * p.features + feature;
+                    if (OUT == 0) {
+                        if (EXTRAS && p.residual) v[j] = __fadd_rn(v[j], __ldg(static_cast<const float*>(p.residual) + at));
+                        static_cast<unsigned*>(p.out)[at] = p.is_integer ? acc[first + j] : __float_as_uint(v[j]);
+                    } else {
+                        const unsigned short* const residual = static_cast<const unsigned short*>(p.residual) + at;
+                        if (EXTRAS && p.residual) v[j] = __fadd_rn(v[j], float_of_bits(__ldg(residual), OUT));
+                        static_cast<unsigned short*>(p.out)[at] = static_cast<unsigned short>(pack2(v[j], 0.0f));
+                    }
+                }
+            } else {
+#pragma unroll
+                for (int j = 0; j < kValues; j += 4) {
+                    const int pixel = pixels[2 * (first + j) + lane / 4];
+                    const bool inside = pixel >= 0 && my_feature < p.features;
+                    const long long at = static_cast<long long>(pixel) * (2 * p.features);
+                    if (EXTRAS && p.residual) {
+                        uint2 four = make_uint2(0, 0);
+                        if (inside) four = __ldg(reinterpret_cast<const uint2*>(my_residual + at));
+                        const unsigned low = turn_over(four.x), high = turn_over(four.y);
+                        v[j] = __fadd_rn(v[j], float_of_bits(low & 0xffff, OUT));
+                        v[j + 1] = __fadd_rn(v[j + 1], float_of_bits(low >> 16, OUT));
+                        v[j + 2] = __fadd_rn(v[j + 2], float_of_bits(high & 0xffff, OUT));
+                        v[j + 3] = __fadd_rn(v[j + 3], float_of_bits(high >> 16, OUT));
+                    }
+                    const unsigned low = turn_over(pack2(v[j], v[j + 1])), high = turn_over(pack2(v[j + 2], v[j + 3]));
+                    store_if(inside, my_out + at, low, high);
+                }
+            }
+        }
+        if (RANK)
+            for (int r = 0, at = low_stage; r < p.rank; r += 64) {
+                release(at);
+                if (++at == STAGES) at = 0;
+            }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+#if SPLIT > 1
+    __cluster_dims__(SPLIT, 1, 1)
+#endif
+        gemm_wgmma(const __grid_constant__ Params p) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    const unsigned stages = shared_address(shared);
+    const unsigned full = stages + STAGES * kStageBytes + 2 * kTable * 4, empty = full + 8 * STAGES;
+    const int warp = threadIdx.x / 32;
+
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(full + 8 * i, WEIGHT == 4 ? 2 : 1);
+            barrier_init(empty + 8 * i, 8);
+        }
+        barrier_init_visible();
+    }
+    __syncthreads();
+
+    if (warp >= 8) {
+        give_registers<56>();
+        if (threadIdx.x == 256) produce(p, stages, full, empty);
+        if (WEIGHT == 4 && warp == 9) produce_multipliers(p, empty + 8 * STAGES, full, empty);
+        if (SPLIT > 1) {
+            __syncwarp();
+            cluster_sync();
+            cluster_sync();
+        }
+    } else {
+        take_registers<224>();
+        consume(p, shared, full, empty);
+    }
+}

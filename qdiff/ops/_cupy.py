@@ -1,0 +1,258 @@
+"""Kernels of `cuda/`: compiled on this machine when they are first needed, kept on disk, launched on torch's stream.
+
+CuPy brings NVRTC and the driver's launch call. Its own compile path appends an -arch to every compilation, which rules
+out the targets with an "a" that Hopper's instructions need (NVRTC before 13 refuses a second -arch), so sources are
+compiled by NVRTC directly and loaded as a file.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qdiff.ops._cuda_sources import cuda_source_dir
+
+Defines = tuple[tuple[str, int | str], ...]
+
+_OLDEST = (7, 5)
+# Capabilities with instructions that a target must ask for by an "a", and the first NVRTC that knows the target.
+_ARCH_SPECIFIC = {(9, 0): (12, 0), (10, 0): (12, 8), (12, 0): (12, 8)}
+_INSTALL = (
+    "install CuPy for the driver's CUDA with its headers, `pip install 'cupy-cuda13x[ctk]'` or 'cupy-cuda12x[ctk]'"
+)
+_Pointers = ctypes.c_void_p * 1
+
+
+class Kernel:
+    """One compiled kernel, loaded on one device.
+
+    Args:
+        module: a cupy.RawModule that is loaded on the device; kept alive.
+        name: of the entry point.
+        device: its index.
+        launcher: the driver's cuLaunchKernel as CuPy wraps it.
+    """
+
+    def __init__(self, module: Any, name: str, device: int, launcher: Callable[..., None]) -> None:
+        self._module, self._launcher, self._device = module, launcher, device
+        self._function = module.get_function(name)
+        self._pointer = self._function.kernel.ptr
+        self._shared_bytes = 48 * 1024  # what a block may have without asking
+        self._lock = threading.Lock()
+
+    def launch(self, grid: tuple[int, int, int], threads: int, shared_bytes: int, params: ctypes.Structure) -> None:
+        """Start the kernel on torch's current stream of its device, which must be the current one.
+
+        Args:
+            grid: blocks in x, y, z; nothing is started when one of them is 0.
+            threads: of a block.
+            shared_bytes: dynamic shared memory of a block.
+            params: the kernel's only parameter; its bytes are copied before this returns.
+        """
+        x, y, z = grid
+        if not (x and y and z):
+            return
+        if shared_bytes > self._shared_bytes:
+            self._allow(shared_bytes)
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        pointers = _Pointers(ctypes.addressof(params))
+        arguments = (self._pointer, x, y, z, threads, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0)
+        try:
+            self._launcher(*arguments)
+        except RuntimeError as error:
+            if "INVALID_CONTEXT" not in str(error):
+                raise
+            torch.cuda.set_device(self._device)  # a thread that has not used the device yet has no context
+            self._launcher(*arguments)
+
+    def _allow(self, shared_bytes: int) -> None:
+        with self._lock:
+            if shared_bytes > self._shared_bytes:
+                self._function.max_dynamic_shared_size_bytes = shared_bytes
+                self._shared_bytes = shared_bytes
+
+
+_kernels: dict[tuple[int, str, Defines], Kernel] = {}
+
+
+def kernel(source: str, defines: Defines = ()) -> Kernel:
+    """The kernel `source` of `cuda/<source>.cu` for the current device; compiled once for each machine.
+
+    Args:
+        source: names the file and its entry point, `extern "C" __global__ void <source>(const __grid_constant__ P p)`.
+        defines: (name, value) pairs of preprocessor macros.
+
+    Raises:
+        RuntimeError: the source does not compile; the message has the compiler's.
+    """
+    key = (torch.cuda.current_device(), source, defines)
+    found = _kernels.get(key)
+    # Two threads may both get here: they then compile the same thing, and one of them is kept.
+    return found if found is not None else _kernels.setdefault(key, _load(*key))
+
+
+def compile_all(wanted: Iterable[tuple[str, Defines]], threads: int = 8) -> None:
+    """Make these (source, defines) for the current device at once, in parallel: first calls then do not wait."""
+    device = torch.cuda.current_device()
+
+    def make(item: tuple[str, Defines]) -> None:
+        with torch.cuda.device(device):
+            kernel(*item)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(make, wanted))
+
+
+@lru_cache
+def unusable(index: int) -> str | None:
+    """Why kernels cannot run on the CUDA device of this index, or None when they can."""
+    device = torch.device("cuda", index)
+    try:
+        cupy = _import_cupy()
+        cupy.cuda.runtime.getDeviceCount()
+    except ImportError as error:
+        return f"CuPy does not load ({error}); {_INSTALL}"
+    except RuntimeError as error:
+        return f"CuPy finds no usable driver ({error}); {_INSTALL}"
+    if capability(device) < _OLDEST:
+        major, minor = capability(device)
+        return f"compute capability {major}.{minor}, expected {_OLDEST[0]}.{_OLDEST[1]} or later"
+    if _headers() is None:
+        return f"cuda_fp16.h is not found; {_INSTALL}, or set CUDA_PATH to a CUDA toolkit"
+    return None
+
+
+def cuda_ready(device: torch.device) -> bool:
+    """Whether kernels can run on this CUDA device."""
+    return unusable(torch.cuda.current_device() if device.index is None else device.index) is None
+
+
+@lru_cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability, (9, 0) for an H100."""
+    return torch.cuda.get_device_capability(device)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors the device has."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@lru_cache(maxsize=1)
+def tensor_map_encoder() -> Callable[..., int]:
+    """The driver's cuTensorMapEncodeTiled (CUDA 12 and later), to be called with ctypes values; returns a CUresult."""
+    driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    encode: Callable[..., int] = driver.cuTensorMapEncodeTiled
+    return encode
+
+
+def _load(device: int, source: str, defines: Defines) -> Kernel:
+    cupy = _import_cupy()
+    path = _compiled(cupy.cuda.nvrtc, source, defines, capability(torch.device("cuda", device)))
+    return Kernel(cupy.RawModule(path=str(path)), source, device, cupy.cuda.driver.launchKernel)
+
+
+def _compiled(nvrtc: Any, source: str, defines: Defines, arch: tuple[int, int]) -> Path:
+    """The file of the machine code, made unless an earlier process has."""
+    folder, version = cuda_source_dir(), nvrtc.getVersion()
+    specific = "a" if arch in _ARCH_SPECIFIC and version >= _ARCH_SPECIFIC[arch] else ""
+    target = f"-arch=sm_{arch[0]}{arch[1]}{specific}"
+    options = ("-std=c++17", "-default-device", target, *(f"-D{name}={value}" for name, value in defines))
+    # The folder's hash stands for the headers that the source includes.
+    key = hashlib.sha256(repr((source, options, version, _source_hash(folder))).encode()).hexdigest()[:32]
+    path = _cache_folder() / f"qdiff_{source}_{key}.cubin"
+    if not path.is_file():
+        code = (folder / f"{source}.cu").read_text(encoding="utf-8")
+        _write(path, _compile(nvrtc, f"{source}.cu", code, (*options, f"-I{folder / 'include'}", f"-I{_headers()}")))
+    return path
+
+
+def _compile(nvrtc: Any, name: str, code: str, options: tuple[str, ...]) -> bytes:
+    program = nvrtc.createProgram(code, name, (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+        machine_code: bytes = nvrtc.getCUBIN(program)
+    except RuntimeError as error:
+        log = nvrtc.getProgramLog(program)
+        raise RuntimeError(
+            f"{name} does not compile with {' '.join(options)}; qdiff.ops.set_backend('reference') does without: {log}"
+        ) from error
+    finally:
+        nvrtc.destroyProgram(program)
+    return machine_code
+
+
+def _write(path: Path, content: bytes) -> None:
+    # Another process may do the same at the same time: each writes a file of its own, and the last one stays.
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    Path(file.name).replace(path)
+
+
+@lru_cache(maxsize=1)
+def _source_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.cu*")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _import_cupy() -> Any:
+    if "cupy" not in sys.modules:
+        os.environ["CUPY_CACHE_DIR"] = str(_cache_folder())  # CuPy makes it on import, and fails where it cannot
+    import cupy
+
+    return cupy
+
+
+@lru_cache(maxsize=1)
+def _cache_folder() -> Path:
+    """CuPy's folder for compiled kernels; where it cannot be written, one that is gone when this process ends."""
+    folder = Path(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="qdiff-kernels-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return folder
+
+
+@lru_cache(maxsize=1)
+def _headers() -> Path | None:
+    """The folder of cuda_fp16.h: of NVIDIA's wheels, or of a CUDA toolkit."""
+    for find in (_beside_nvrtc, _pathfinder):
+        root = find()
+        for folder in () if root is None else (Path(root), Path(root) / "include"):
+            if (folder / "cuda_fp16.h").is_file():
+                return folder
+    return None
+
+
+def _pathfinder() -> str | None:
+    try:
+        from cuda import pathfinder  # type: ignore[attr-defined]  # of a namespace package
+    except ImportError:
+        return None
+    root: str | None = pathfinder.find_nvidia_header_directory("cudart")
+    return root
+
+
+def _beside_nvrtc() -> str | None:
+    root: str | None = _import_cupy().cuda.get_cuda_path()
+    return root

@@ -1,0 +1,323 @@
+"""Launching cuda/gemm_wgmma.cu: tiles, tensor maps and parameters."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from qdiff.ops import _cupy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qdiff.ops._gemm import Problem
+
+_SHARED_LIMIT = 232448  # bytes a block may have on Hopper
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3}
+_MAX_RANK = 128
+_MAX_MAPS = 4096
+
+
+class Tile(NamedTuple):
+    """128 features x `tokens` output pixels, the K axis shared by a cluster of `split` blocks."""
+
+    tokens: int
+    split: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"128x{self.tokens}" + (f"/{self.split}" if self.split > 1 else "")
+
+
+TILES = [
+    *(Tile(tokens) for tokens in (256, 192, 160, 128, 96)),
+    *(Tile(tokens, split) for tokens in (64, 32, 16) for split in (1, 2, 4, 8)),
+]
+
+
+def fits(tile: Tile, problem: Problem) -> bool:
+    """Whether the tile can compute the problem at all."""
+    return tile.split == 1 or tile.split % len(problem.segments) == 0
+
+
+def choose(problem: Problem) -> Tile:
+    """The tile by a rule of thumb."""
+    blocks = _cupy.multiprocessors(problem.x.device)
+    pixels = problem.B * problem.OH * problem.OW
+    candidates = [tile for tile in TILES if fits(tile, problem)]
+    stages_total = sum(problem.segments) * problem.kernel[0] * problem.kernel[1] / 128
+
+    def cost(tile: Tile) -> float:
+        count = -(-pixels // tile.tokens) * -(-problem.N // 128)
+        waves = -(-count * tile.split // blocks)
+        return waves * (stages_total / tile.split * (tile.tokens + 64) + 4 * tile.tokens + 300 * (tile.split > 1))
+
+    return min(candidates, key=cost)
+
+
+def refusal(problem: Problem) -> str | None:
+    """Why no tile can, or None."""
+    if problem.up is not None and (problem.up.shape[1] > _MAX_RANK or problem.up.shape[1] % 8):
+        return f"a low-rank branch of rank {problem.up.shape[1]}"
+    if problem.up is not None and problem.x_low.dtype == torch.float32:
+        return "a low-rank branch in float32"
+    if len(problem.segments) > 4:
+        return f"{len(problem.segments)} channel segments"
+    return None
+
+
+def _shared(tile: Tile, weight: int, segmented: bool) -> tuple[int, int]:
+    """As deep a pipeline as fits, to eight stages, and the bytes of shared memory that it makes."""
+    tables = 2 * ((4 if segmented or tile.split > 1 else 1) + 2) * tile.tokens * 4
+    stage = 2 * (128 * (64 if weight == 8 else 32) + 64 * tile.tokens) + 16 + (512 if weight == 4 else 0)
+    depth = min(8, (_SHARED_LIMIT - tables) // stage)
+    return depth, depth * stage + tables
+
+
+def _defines(
+    tile: Tile, weight: int, rank: bool, segmented: bool, out: int, elements: bool, extras: bool
+) -> tuple[tuple[str, int], ...]:
+    return (
+        ("WEIGHT", weight),
+        ("TOKENS", tile.tokens),
+        ("RANK", int(rank)),
+        ("SEGMENTED", int(segmented)),
+        ("OUT", out),
+        ("ELEMENTS", int(elements)),
+        ("EXTRAS", int(extras)),
+        ("SPLIT", tile.split),
+        ("STAGES", _shared(tile, weight, segmented)[0]),
+    )
+
+
+class _Plan(NamedTuple):
+    """What follows from the shapes alone."""
+
+    kernel: _cupy.Kernel
+    grid: tuple[int, int, int]
+    shared_bytes: int
+    integers: bytes  # the tail of the kernel's parameters
+    box: tuple[int, int, int]  # columns, rows and images of a tile
+    partial: int  # bytes of workspace
+
+
+_POINTERS = struct.Struct("10Q")
+_INTEGERS = struct.Struct("30i")
+_NO_MAP = bytes(128)
+
+
+class _Params(ctypes.Structure):
+    """The kernel's parameters: three tensor maps, ten pointers, thirty integers."""
+
+    _fields_ = [("data", ctypes.c_ubyte * (3 * 128 + _POINTERS.size + _INTEGERS.size))]
+
+
+@lru_cache(maxsize=2048)
+def _plan(
+    device: int,
+    tile: Tile,
+    weight: int,
+    images: int,
+    height: int,
+    width: int,
+    features: int,
+    segments: tuple[int, ...],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    scale_rows: int,
+    rank: int,
+    dtypes: tuple[int, int, int, int],
+    elements: bool,
+    extras: bool,
+) -> _Plan:
+    box = _box(tile.tokens, images, height, width, stride)
+    tiles_w, tiles_h, tiles_b = -(-width // box[0]), -(-height // box[1]), -(-images // box[2])
+    feature_tiles = -(-features // 128)
+    tiles = tiles_w * tiles_h * tiles_b * feature_tiles
+    linear = images == 1 and height == 1
+    items = width if linear else images
+    out, bias, shift, low = dtypes
+    integers = _INTEGERS.pack(
+        *(features, images, height, width),
+        *(kernel[1], kernel[0] * kernel[1], *stride, *padding),
+        *(len(segments), *segments, *([0] * (4 - len(segments)))),
+        *(*box, tiles_w, tiles_h, feature_tiles, tiles),
+        *(max(1, items // max(1, scale_rows)), int(not linear)),
+        *((sum(segments) * kernel[0] * kernel[1] // 32 + 1) // 2, rank),
+        *(int(out == 3), bias, shift, int(low == 2)),
+    )
+    segmented = tile.split == 1 and len(segments) > 1 and out != 3
+    source = _cupy.kernel("gemm_wgmma", _defines(tile, weight, rank > 0, segmented, out % 3, elements, extras))
+    blocks = tiles * tile.split if tile.split > 1 else min(tiles, _cupy.multiprocessors(torch.device("cuda", device)))
+    return _Plan(
+        source,
+        (blocks, 1, 1),
+        _shared(tile, weight, segmented)[1],
+        integers,
+        box,
+        blocks * tile.tokens * 512 if segmented else 0,
+    )
+
+
+def _box(tokens: int, images: int, height: int, width: int, stride: tuple[int, int]) -> tuple[int, int, int]:
+    """The box of columns x rows x images with `tokens` pixels that covers the output with the fewest boxes.
+
+    Among equals the widest, whose rows are the longest runs in memory. The copy engine takes 256 of each dimension, and
+    the kernel wants eight tokens in a row to be of one image.
+    """
+    boxes = [
+        (w, h, tokens // (w * h))
+        for w in range(min(tokens, 256 // stride[1]), 0, -1)
+        if tokens % w == 0
+        for h in range(min(tokens // w, 256 // stride[0]), 0, -1)
+        if tokens % (w * h) == 0 and w * h % 8 == 0
+    ]
+    return min(boxes, key=lambda box: -(-width // box[0]) * -(-height // box[1]) * -(-images // box[2]))
+
+
+def launch(problem: Problem, out: Tensor, tile: Tile) -> None:
+    """Compute `problem` into `out`, on the current stream.
+
+    Args:
+        problem: checked, and one that `refusal` and `fits` let pass.
+        out: [B, OH, OW, N] in memory.
+        tile: one of TILES.
+    """
+    p, x, up = problem, problem.x, problem.up
+    n, rank = p.N, 0 if up is None or p.out_dtype == torch.int32 else up.shape[1]
+    elements = out.element_size() != 2 or n % 4 != 0
+    plan = _plan(
+        x.device.index,
+        tile,
+        p.weight_kind,
+        p.B,
+        p.OH,
+        p.OW,
+        n,
+        p.segments,
+        p.kernel,
+        p.stride,
+        p.padding,
+        p.x_scale.shape[0],
+        rank,
+        (
+            _DTYPES[p.out_dtype],
+            0 if p.bias is None else _DTYPES[p.bias.dtype],
+            0 if p.shift is None else _DTYPES[p.shift.dtype],
+            0 if p.x_low is None else _DTYPES[p.x_low.dtype],
+        ),
+        elements,
+        p.shift is not None or p.residual is not None,
+    )
+    (w, h, b), c = plan.box, p.C
+    weight_bytes = p.codes.shape[1]
+    weight_map = (
+        _map(p.codes.data_ptr(), 0, (weight_bytes, n), (weight_bytes,), (64, 128), (1, 1), 2)
+        if p.weight_kind == 8
+        else _map(p.codes.data_ptr(), 0, (weight_bytes, n), (weight_bytes,), (32, 128), (1, 1), 1)
+    )
+    input_map = _map(
+        x.data_ptr(),
+        0,
+        (c, p.W, p.H, p.B),
+        (c, c * p.W, c * p.W * p.H),
+        (64, w * p.stride[1], h * p.stride[0], b),
+        (1, p.stride[1], p.stride[0], 1),
+        2,
+    )
+    low_map = _NO_MAP
+    if rank:
+        r = 2 * rank
+        low_map = _map(p.x_low.data_ptr(), 0, (r, p.OW, 1, 1), (r, r * p.OW, r * p.OW), (64, w, 1, 1), (1, 1, 1, 1), 2)
+    # Sums of the segments that are done, in float32: what does not fit the registers beside the accumulators.
+    partial = torch.empty(plan.partial, dtype=torch.uint8, device=x.device) if plan.partial else None
+    pointers = _POINTERS.pack(
+        *(0 if t is None else t.data_ptr() for t in (p.multipliers, p.codebook)),
+        p.scale.data_ptr(),
+        p.x_scale.data_ptr(),
+        *(0 if t is None else t.data_ptr() for t in (p.bias, p.shift, p.residual, up)),
+        0 if partial is None else partial.data_ptr(),
+        out.data_ptr(),
+    )
+    params = _Params.from_buffer_copy(b"".join((weight_map, input_map, low_map, pointers, plan.integers)))
+    plan.kernel.launch(plan.grid, 384, plan.shared_bytes, params)
+
+
+_maps: dict[tuple, bytes] = {}
+
+
+def _map(
+    address: int,
+    dtype: int,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+    steps: tuple[int, ...],
+    swizzle: int,
+) -> bytes:
+    """A tensor map of the copy engine. It says where and how to read and holds nothing else, so one that was made for
+    an address and a shape stays right for them; the caching allocator hands out the same addresses again and again.
+    """
+    key = (address, dtype, sizes, strides, box, steps, swizzle)
+    found = _maps.get(key)
+    if found is None:
+        if len(_maps) >= _MAX_MAPS:
+            _maps.clear()
+        found = _maps[key] = _encode(*key)
+    return found
+
+
+def _encode(
+    address: int,
+    dtype: int,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+    steps: tuple[int, ...],
+    swizzle: int,
+) -> bytes:
+    rank = len(sizes)
+    room = ctypes.create_string_buffer(192)
+    at = (ctypes.addressof(room) + 63) // 64 * 64
+    result = _cupy.tensor_map_encoder()(
+        ctypes.c_void_p(at),
+        dtype,  # 0: bytes, 1: 16-bit
+        rank,
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * rank)(*sizes),
+        (ctypes.c_uint64 * max(1, rank - 1))(*strides),
+        (ctypes.c_uint32 * rank)(*box),
+        (ctypes.c_uint32 * rank)(*steps),
+        0,  # not interleaved
+        swizzle,  # 1, 2, 3: 32, 64, 128 bytes
+        2,  # fetch 128 bytes at a time into L2
+        0,  # zeros outside
+    )
+    if result != 0:
+        raise RuntimeError(
+            f"cuTensorMapEncodeTiled failed with CUresult {result} for {sizes}, {strides}, {box}, {steps}"
+        )
+    return ctypes.string_at(at, 128)
+
+
+# A cover of what `launch` may ask for: every tile, and with some of them every other macro.
+VARIANTS = [
+    ("gemm_wgmma", _defines(tile, weight, rank, segmented, out, elements, extras))
+    for tile in TILES
+    for weight in (4, 5, 8)
+    for rank, segmented, out, elements, extras in (
+        (False, False, 1, False, False),
+        (True, False, 2, False, True),
+        (False, True, 1, False, True),
+        (False, False, 0, True, True),
+        (True, False, 1, True, False),
+    )
+    if (weight == 4 or tile in (Tile(256), Tile(128), Tile(64, 4)))
+    and (not (rank or segmented or elements) or tile in (Tile(256), Tile(160), Tile(64, 4)))
+    and not (segmented and tile.split > 1)
+]

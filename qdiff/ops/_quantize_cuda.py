@@ -1,0 +1,213 @@
+"""Launching the kernels that quantize activations: cuda/quantize_per_token*.cu and cuda/quantize_per_sample.cu."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qdiff.ops import _cupy
+from qdiff.ops.low_rank_down import low_rank_down
+
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_MAX_SEGMENTS = 8
+_MAX_RANK = 128
+_TILE = 64  # of pixels and of channels, where channels are turned from first to last
+# Threads that keep a multiprocessor's memory pipes busy. Work for fewer is spread as thinly as it goes.
+_THREADS = 2048
+
+
+class _Plan(NamedTuple):
+    """A launch, as far as it follows from shapes."""
+
+    source: str
+    defines: tuple[tuple[str, int | str], ...]
+    grid: tuple[int, int, int]
+    threads: int
+
+    def run(self, params: ctypes.Structure) -> None:
+        _cupy.kernel(self.source, self.defines).launch(self.grid, self.threads, 0, params)
+
+
+def _pointers(*names: str) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_void_p) for name in names]
+
+
+def _ints(*names: str) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_int) for name in names]
+
+
+class _Token(ctypes.Structure):
+    _fields_ = _pointers("x", "smooth", "codes", "scale") + _ints("rows", "k")
+
+
+class _TokenDown(ctypes.Structure):
+    _fields_ = _pointers("x", "smooth", "down", "codes", "scale", "low") + _ints("rows", "k", "rank")
+
+
+class _Sample(ctypes.Structure):
+    _fields_ = [
+        *_pointers("x", "scale", "smooth", "codes"),
+        *_ints("channels", "pixels", "samples_per_row", "segments"),
+        ("ends", ctypes.c_int * _MAX_SEGMENTS),
+        *_ints("columns", "run", "runs"),
+    ]
+
+
+def quantize_per_token(x: Tensor, smooth: Tensor | None, down: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What `qdiff.ops.quantize_per_token` computes, on checked arguments on the current CUDA device."""
+    x, smooth = x.contiguous(), _contiguous(smooth)
+    k = x.shape[-1]
+    rows = x.numel() // k
+    codes = torch.empty_like(x, dtype=torch.int8)
+    scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    aligned = not (x.data_ptr() | _address(smooth)) % 16
+    if down is not None and aligned and _fuses(x.device, x.dtype, k, down.shape[0]):
+        down = down.to(x.dtype).contiguous()
+        if not down.data_ptr() % 16:
+            rank = down.shape[0]
+            low = torch.empty(*x.shape[:-1], rank, dtype=x.dtype, device=x.device)
+            addresses = (x.data_ptr(), _address(smooth), down.data_ptr(), codes.data_ptr(), scale.data_ptr())
+            plan = _token_down_plan(_TYPES[x.dtype], rows, k, rank, _cupy.multiprocessors(x.device))
+            plan.run(_TokenDown(*addresses, low.data_ptr(), rows, k, rank))
+            return codes, scale, low
+    plan = _token_plan(_TYPES[x.dtype], rows, k, aligned and k % 8 == 0, _cupy.multiprocessors(x.device))
+    plan.run(_Token(x.data_ptr(), _address(smooth), codes.data_ptr(), scale.data_ptr(), rows, k))
+    if down is None:
+        return codes, scale, torch.empty(*x.shape[:-1], 0, dtype=x.dtype, device=x.device)
+    return codes, scale, low_rank_down(x, smooth, down)
+
+
+def quantize_per_sample(
+    x: Tensor, scale: Tensor, smooth: Tensor | None, segments: Sequence[int], channel_dim: int
+) -> Tensor:
+    """What `qdiff.ops.quantize_per_sample` computes, on checked arguments on the current CUDA device."""
+    channel_dim %= x.dim()
+    if x.dim() == 4 and channel_dim == 1:
+        codes = torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=torch.channels_last)
+        # What has one pixel or one channel is in both orders: then there is nothing to turn.
+        if x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
+            _quantize_samples(x, codes, x.shape[1], True, scale, smooth, segments)
+        else:
+            x = x.contiguous(memory_format=torch.channels_last)
+            _quantize_samples(x, codes, x.shape[1], False, scale, smooth, segments)
+        return codes
+    if channel_dim != x.dim() - 1:
+        last = quantize_per_sample(x.movedim(channel_dim, -1), scale, smooth, segments, -1)
+        return last.movedim(-1, channel_dim).contiguous()
+    x = x.contiguous()
+    codes = torch.empty_like(x, dtype=torch.int8)
+    _quantize_samples(x, codes, x.shape[-1], False, scale, smooth, segments)
+    return codes
+
+
+def _quantize_samples(
+    x: Tensor,
+    codes: Tensor,
+    channels: int,
+    turned: bool,
+    scale: Tensor,
+    smooth: Tensor | None,
+    segments: Sequence[int],
+) -> None:
+    if not x.numel():
+        return
+    if len(segments) > _MAX_SEGMENTS:
+        columns = [column[:, None].expand(-1, width) for column, width in zip(scale.unbind(1), segments)]
+        scale, segments = torch.cat(columns, dim=1), (1,) * channels
+    scale, smooth = scale.contiguous(), _contiguous(smooth)
+    batch, pixels = x.shape[0], x.numel() // (x.shape[0] * channels)
+    samples_per_row = batch // scale.shape[0]
+    if not turned:  # samples that share their scales are one after the other: one sample of more pixels
+        batch, pixels, samples_per_row = scale.shape[0], pixels * samples_per_row, 1
+    aligned = not x.data_ptr() % 16
+    plan, ends, tail = _sample_plan(
+        _TYPES[x.dtype], batch, pixels, turned, aligned, tuple(segments), _cupy.multiprocessors(x.device)
+    )
+    addresses = (x.data_ptr(), scale.data_ptr(), _address(smooth), codes.data_ptr())
+    plan.run(_Sample(*addresses, channels, pixels, samples_per_row, len(segments), ends, *tail))
+
+
+@lru_cache(maxsize=4096)
+def _token_plan(dtype: int, rows: int, k: int, vectors_fit: bool, multiprocessors: int) -> _Plan:
+    chunks = k // 8
+    # Six loads of 16 bytes a thread hide the memory's latency; where there is not that much work, one or two each.
+    most = 6 if rows * chunks > 2 * _THREADS * multiprocessors else 2
+    lanes = 8
+    while lanes * most < chunks and lanes < 512:
+        lanes *= 2
+    vectors = _ceil(chunks, lanes)
+    if not vectors_fit or vectors > 8:
+        lanes, vectors = 32 if k <= 1024 else 256, 0
+    threads = max(128, lanes)
+    defines = (("TYPE", dtype), ("LANES", lanes), ("VECTORS", vectors), ("THREADS", threads))
+    return _Plan("quantize_per_token", defines, (_ceil(rows, threads // lanes), 1, 1), threads)
+
+
+@lru_cache(maxsize=4096)
+def _token_down_plan(dtype: int, rows: int, k: int, rank: int, multiprocessors: int) -> _Plan:
+    rank_tiles, total = _ceil(rank, 8), k // 32
+    # What a thread keeps of x and of the sums has to fit its registers.
+    most = 6 if rank_tiles <= 4 else 4
+    if rows <= 16 * multiprocessors:
+        most //= 2  # one wave of blocks: only their own time counts
+    warps = 1
+    while warps * most < total and warps < 16:
+        warps *= 2
+    batches = _ceil(total, warps * most)
+    slices = _ceil(total, warps * batches)
+    defines = (("TYPE", dtype), ("ROW_TILES", 1), ("RANK_TILES", rank_tiles), ("WARPS", warps), ("SLICES", slices))
+    return _Plan("quantize_per_token_down", defines, (_ceil(rows, 16), 1, 1), 32 * warps)
+
+
+@lru_cache(maxsize=4096)
+def _sample_plan(
+    dtype: int,
+    batch: int,
+    pixels: int,
+    turned: bool,
+    aligned: bool,
+    segments: tuple[int, ...],
+    multiprocessors: int,
+) -> tuple[_Plan, ctypes.Array[ctypes.c_int], tuple[int, int, int]]:
+    """The launch, the segments' ends, and the parameters `columns`, `run` and `runs`."""
+    channels = sum(segments)
+    fits = aligned and (pixels % 8 == 0 and channels % 16 == 0 if turned else channels % 8 == 0)
+    defines = (("TYPE", dtype), ("TRANSPOSE", int(turned)), ("VALUES", 8 if fits else 1))
+    ends = (ctypes.c_int * _MAX_SEGMENTS)(*[*accumulate(segments), *([channels] * _MAX_SEGMENTS)][:_MAX_SEGMENTS])
+    if turned:
+        columns, groups, run, threads = 0, _ceil(channels, _TILE), _TILE, 128
+    else:
+        chunks = channels // (8 if fits else 1)
+        groups = _ceil(chunks, 256)
+        columns = _ceil(chunks, groups)
+        lanes = 256 // columns
+        threads = _ceil(lanes * columns, 32) * 32
+        # Up to 16 pixels a thread, which pays for the division behind each of its factors; fewer in a small tensor.
+        each = batch * pixels * groups // (lanes * multiprocessors * _THREADS // threads)
+        run = lanes * min(16, max(1, each))
+    runs = _ceil(pixels, run)
+    return _Plan("quantize_per_sample", defines, (batch * runs, groups, 1), threads), ends, (columns, run, runs)
+
+
+def _fuses(device: torch.device, dtype: torch.dtype, k: int, rank: int) -> bool:
+    """Whether one kernel can make the codes and the low-rank branch: half precision, on tensor cores that know it."""
+    known = dtype == torch.float16 or (dtype == torch.bfloat16 and _cupy.capability(device) >= (8, 0))
+    return known and k % 32 == 0 and 0 < rank <= _MAX_RANK
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,36 @@
+"""Run every quantized layer of SDXL once in a process of its own, and print how long that took."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import torch
+
+from kernel_bench.problems import ConvProblem, ConvShape, LinearProblem, LinearShape, merged
+from kernel_bench.shapes import read_shapes
+from qdiff.ops import _cupy, backend
+
+
+def main() -> None:
+    shapes = read_shapes()
+    linears = [LinearProblem(shape, 1) for shape in merged(shapes["linear"], LinearShape, ["sdxl"])]
+    convs = [ConvProblem(shape, 1) for shape in merged(shapes["conv2d"], ConvShape, ["sdxl"])]
+    backend.set_backend("cuda")
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    _cupy.cuda_ready(torch.device("cuda", 0))
+    imported = time.perf_counter() - start
+    for problem in linears:
+        problem.w4a8(0), problem.w8a8(0)
+        if len(problem.x[0]) <= 16:
+            problem.w4a16(0)
+    for problem in convs:
+        problem.w4a8(0), problem.w8a8(0)
+    torch.cuda.synchronize()
+    print(json.dumps({"seconds": time.perf_counter() - start, "of_which_import_of_cupy": imported}))
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

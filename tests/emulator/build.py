@@ -1,0 +1,73 @@
+"""Kernels of `cuda/` as functions that run on the CPU, through `emulate.h`."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qdiff.ops._cuda_sources import cuda_source_dir
+
+HERE = Path(__file__).parent
+
+_MAIN = """
+#define QDIFF_EMULATE
+{defines}
+#include "emulate.h"
+#include "{source}.cu"
+
+extern "C" const char* run(const unsigned* grid, const unsigned* block, size_t shared_bytes, const void* params) {{
+    Params copy;
+    std::memcpy(&copy, params, sizeof(copy));
+    return emulate::run({{grid[0], grid[1], grid[2]}}, {{block[0], block[1], block[2]}}, shared_bytes,
+                        [&] {{ {source}(copy); }});
+}}
+extern "C" size_t params_bytes() {{ return sizeof(Params); }}
+extern "C" long bank_conflicts() {{ return emulate::bank_conflicts; }}
+"""
+
+Launch = Callable[[tuple[int, int, int], tuple[int, int, int], int, ctypes.Structure], None]
+
+
+def load(source: str, defines: tuple[tuple[str, int | str], ...], folder: Path) -> Launch:
+    """Compile cuda/<source>.cu into `folder`, and return `launch(grid, block, shared_bytes, params)`.
+
+    `launch` raises a RuntimeError for what the emulator finds wrong: a deadlock, a stray or misaligned address, bank
+    conflicts of ldmatrix, a `params` that is not laid out as the kernel's. Skips the test where there is no g++.
+    """
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("the CPU emulator of CUDA kernels needs g++")
+    text = _MAIN.format(source=source, defines="\n".join(f"#define {name} {value}" for name, value in defines))
+    stem = folder / f"{source}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    main, library = stem.with_suffix(".cpp"), stem.with_suffix(".so")
+    if not library.exists():
+        main.write_text(text)
+        # The emulator's folder goes first: its cuda_fp16.h stands in for the toolkit's.
+        folders = [f"-I{path}" for path in (HERE, cuda_source_dir(), cuda_source_dir() / "include")]
+        options = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared", "-w"]
+        subprocess.run([compiler, *options, *folders, str(main), "-o", str(library)], check=True)
+    code = ctypes.CDLL(str(library))
+    code.run.restype = ctypes.c_char_p
+    code.run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    code.params_bytes.restype = ctypes.c_size_t
+    code.bank_conflicts.restype = ctypes.c_long
+
+    def launch(
+        grid: tuple[int, int, int], block: tuple[int, int, int], shared_bytes: int, params: ctypes.Structure
+    ) -> None:
+        if ctypes.sizeof(params) != code.params_bytes():
+            raise RuntimeError(f"params: got {ctypes.sizeof(params)} bytes, the kernel's have {code.params_bytes()}")
+        three = ctypes.c_uint * 3
+        error = code.run(three(*grid), three(*block), shared_bytes, ctypes.byref(params))
+        if error is None and code.bank_conflicts():
+            error = f"{code.bank_conflicts()} bank conflicts of ldmatrix".encode()
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+    return launch

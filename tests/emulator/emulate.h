@@ -1,0 +1,479 @@
+// A CUDA kernel's grid on the CPU, for tests: what the device code of cuda/ needs of the language and of the hardware.
+//
+// Every thread of a block is a fiber; it runs until it waits, for its warp (ldmatrix, mma, shuffles) or for its block
+// (__syncthreads). The hardware is imitated strictly: the bytes of an asynchronous copy arrive at the wait for its
+// group and are garbage until then; shared memory starts as garbage; misaligned or stray addresses, diverged warps and
+// deadlocks are errors, and bank conflicts of ldmatrix are counted. Not seen: races between warps other than those that
+// two orders of the warps show, and anything about speed.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <string>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__ static
+#define __shared__ static
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+#define HAS_MMA_BF16 1
+#define DYNAMIC_SHARED(name) unsigned char* const name = emulate::dynamic_shared
+
+struct dim3 {
+    unsigned x, y, z;
+};
+static dim3 threadIdx, blockIdx, blockDim, gridDim;
+static const int warpSize = 32;
+
+namespace emulate {
+
+constexpr size_t STACK_BYTES = 64 << 10;
+constexpr size_t SHARED_BYTES = 228 << 10;
+
+struct Copy {
+    unsigned char* to;
+    const unsigned char* from;
+    bool valid;
+};
+
+struct Fiber {
+    ucontext_t context;
+    dim3 index;
+    int warp, lane;
+    enum { READY, IN_WARP, IN_BLOCK, DONE } state;
+    std::vector<Copy> open;               // copies since the last commit
+    std::deque<std::vector<Copy>> groups;  // committed, not arrived
+};
+
+struct Warp {
+    const char* operation;
+    int arrived, lanes;
+    void *in[32], *out[32];
+};
+
+static std::vector<unsigned char> stacks;
+static std::vector<Fiber> fibers;
+static std::vector<Warp> warps;
+static Fiber* self;
+static ucontext_t scheduler;
+static std::function<void()> kernel;
+static std::string error;
+static long bank_conflicts;
+alignas(128) static unsigned char dynamic_shared[SHARED_BYTES];
+static size_t dynamic_shared_bytes;
+
+static void pause() { swapcontext(&self->context, &scheduler); }
+
+// Ends the run: the caller is never resumed.
+[[noreturn]] static void fail(const std::string& text) {
+    if (error.empty()) {
+        error = text + " (block " + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + ", thread " +
+                std::to_string(threadIdx.x) + "," + std::to_string(threadIdx.y) + ")";
+    }
+    for (;;) pause();
+}
+
+static void check_shared(const void* pointer, size_t bytes, const char* what) {
+    const auto* start = static_cast<const unsigned char*>(pointer);
+    if (start < dynamic_shared || start + bytes > dynamic_shared + dynamic_shared_bytes) {
+        fail(std::string(what) + ": address outside the dynamic shared memory");
+    }
+    if (reinterpret_cast<uintptr_t>(pointer) % bytes) fail(std::string(what) + ": misaligned address");
+}
+
+// All lanes of a warp hand in a value and take one away; the last to arrive computes `apply(in, out)` for all.
+template <class In, class Out, class Apply>
+static void collective(const char* operation, In& in, Out& out, Apply apply) {
+    Warp& warp = warps[self->warp];
+    if (warp.arrived == 0) warp.operation = operation;
+    if (warp.operation != operation) {
+        fail(std::string(operation) + ": other lanes of the warp are at " + warp.operation);
+    }
+    warp.in[self->lane] = &in;
+    warp.out[self->lane] = &out;
+    if (++warp.arrived < warp.lanes) {
+        self->state = Fiber::IN_WARP;
+        pause();
+        return;
+    }
+    apply(reinterpret_cast<In**>(warp.in), reinterpret_cast<Out**>(warp.out));
+    warp.arrived = 0;
+    for (Fiber& fiber : fibers) {
+        if (fiber.warp == self->warp && fiber.state == Fiber::IN_WARP) fiber.state = Fiber::READY;
+    }
+}
+
+static void enter() {
+    kernel();
+    self->state = Fiber::DONE;
+    pause();
+}
+
+static void resume(Fiber& fiber) {
+    self = &fiber;
+    threadIdx = fiber.index;
+    swapcontext(&scheduler, &fiber.context);
+}
+
+static void run_block() {
+    const int threads = blockDim.x * blockDim.y * blockDim.z;
+    fibers.assign(threads, Fiber());
+    warps.assign((threads + 31) / 32, Warp());
+    stacks.resize(threads * STACK_BYTES);
+    std::memset(dynamic_shared, 0xa5, SHARED_BYTES);
+    for (int i = 0; i < threads; ++i) {
+        Fiber& fiber = fibers[i];
+        fiber.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
+        fiber.warp = i / 32;
+        fiber.lane = i % 32;
+        fiber.state = Fiber::READY;
+        ++warps[fiber.warp].lanes;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack = {&stacks[i * STACK_BYTES], 0, STACK_BYTES};
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, enter, 0);
+    }
+    for (bool forward = true;; forward = !forward) {
+        // Every warp up to the next barrier, now from the first to the last, then the other way round.
+        for (size_t w = 0; w < warps.size(); ++w) {
+            const int first = 32 * static_cast<int>(forward ? w : warps.size() - 1 - w);
+            for (bool moved = true; moved;) {
+                moved = false;
+                for (int i = first; i < std::min(first + 32, threads); ++i) {
+                    if (fibers[i].state != Fiber::READY) continue;
+                    resume(fibers[i]);
+                    if (!error.empty()) return;
+                    moved = true;
+                }
+            }
+        }
+        int waiting = 0, stuck = 0;
+        for (Fiber& fiber : fibers) {
+            waiting += fiber.state == Fiber::IN_BLOCK;
+            stuck += fiber.state == Fiber::IN_WARP;
+        }
+        if (stuck) {
+            error = "deadlock: some lanes of a warp never came to a warp-wide operation";
+            return;
+        }
+        if (!waiting) return;
+        for (Fiber& fiber : fibers) {
+            if (fiber.state == Fiber::IN_BLOCK) fiber.state = Fiber::READY;
+        }
+    }
+}
+
+// Null, or the text of what went wrong.
+static const char* run(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
+    error.clear();
+    bank_conflicts = 0;
+    kernel = body;
+    gridDim = grid, blockDim = block, dynamic_shared_bytes = shared_bytes;
+    if (shared_bytes > SHARED_BYTES) error = "more dynamic shared memory than any GPU has";
+    for (unsigned z = 0; z < grid.z; ++z) {
+        for (unsigned y = 0; y < grid.y; ++y) {
+            for (unsigned x = 0; x < grid.x; ++x) {
+                blockIdx = {x, y, z};
+                if (error.empty()) run_block();
+            }
+        }
+    }
+    return error.empty() ? nullptr : error.c_str();
+}
+
+}  // namespace emulate
+
+// ---- Vector types
+
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct alignas(8) int2 {
+    int x, y;
+};
+struct alignas(16) int4 {
+    int x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(4) char4 {
+    signed char x, y, z, w;
+};
+static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+static inline int2 make_int2(int x, int y) { return {x, y}; }
+static inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+static inline float2 make_float2(float x, float y) { return {x, y}; }
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline char4 make_char4(signed char x, signed char y, signed char z, signed char w) { return {x, y, z, w}; }
+
+// ---- Arithmetic. The build has -ffp-contract=off, so the plain operators round once each.
+
+using std::max;
+using std::min;
+static inline float __fmul_rn(float a, float b) { return a * b; }
+static inline float __fadd_rn(float a, float b) { return a + b; }
+static inline float __fsub_rn(float a, float b) { return a - b; }
+static inline float __fdiv_rn(float a, float b) { return a / b; }
+static inline float __frcp_rn(float a) { return 1.0f / a; }
+static inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+static inline float __int2float_rn(int a) { return static_cast<float>(a); }
+// NaN becomes 0 and what does not fit saturates, as on the GPU.
+static inline int __float2int_rn(float a) {
+    if (std::isnan(a)) return 0;
+    const double rounded = std::nearbyint(static_cast<double>(a));
+    return static_cast<int>(std::min(2147483647.0, std::max(-2147483648.0, rounded)));
+}
+
+template <class To, class From>
+static inline To bits_as(From from) {
+    static_assert(sizeof(To) == sizeof(From), "bits are kept");
+    To to;
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+static inline float __int_as_float(int a) { return bits_as<float>(a); }
+static inline float __uint_as_float(unsigned a) { return bits_as<float>(a); }
+static inline int __float_as_int(float a) { return bits_as<int>(a); }
+static inline unsigned __float_as_uint(float a) { return bits_as<unsigned>(a); }
+
+static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) {
+        result |= static_cast<unsigned>(bytes >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
+    }
+    return result;
+}
+
+template <class T>
+static inline T __ldg(const T* pointer) {
+    if (reinterpret_cast<uintptr_t>(pointer) % sizeof(T)) emulate::fail("__ldg: misaligned address");
+    return *pointer;
+}
+
+// ---- Half precision
+
+struct __half {
+    unsigned short bits;
+};
+struct __nv_bfloat16 {
+    unsigned short bits;
+};
+struct alignas(4) __half2 {
+    __half x, y;
+};
+struct alignas(4) __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
+using half = __half;
+using half2 = __half2;
+static inline __half __ushort_as_half(unsigned short a) { return {a}; }
+static inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short a) { return {a}; }
+static inline unsigned short __half_as_ushort(__half a) { return a.bits; }
+static inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 a) { return a.bits; }
+
+static inline float __half2float(__half a) {
+    const int exponent = a.bits >> 10 & 31, mantissa = a.bits & 1023;
+    float value;
+    if (exponent == 31) {
+        value = mantissa ? NAN : INFINITY;
+    } else {
+        value = std::ldexp(mantissa + (exponent ? 1024.0f : 0.0f), std::max(exponent, 1) - 25);
+    }
+    return a.bits & 0x8000 ? -value : value;
+}
+
+static inline __half __float2half_rn(float a) {
+    const unsigned short sign = std::signbit(a) ? 0x8000 : 0;
+    const float magnitude = std::fabs(a);
+    if (std::isnan(a)) return {0x7fff};
+    if (magnitude >= 65520.0f) return {static_cast<unsigned short>(sign | 0x7c00)};
+    int exponent = magnitude < 6.103515625e-05f ? -14 : std::ilogb(magnitude);
+    // In units of the last place; a carry into the next power of two runs into the exponent as it should.
+    const int units = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
+    return {static_cast<unsigned short>(sign | ((exponent + 14) * 1024 + units))};
+}
+
+static inline float __bfloat162float(__nv_bfloat16 a) { return bits_as<float>(static_cast<unsigned>(a.bits) << 16); }
+
+static inline __nv_bfloat16 __float2bfloat16_rn(float a) {
+    if (std::isnan(a)) return {0x7fff};
+    const unsigned bits = bits_as<unsigned>(a);
+    return {static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+static inline __half __float2half(float a) { return __float2half_rn(a); }
+static inline __nv_bfloat16 __float2bfloat16(float a) { return __float2bfloat16_rn(a); }
+static inline float2 __half22float2(__half2 a) { return {__half2float(a.x), __half2float(a.y)}; }
+static inline float2 __bfloat1622float2(__nv_bfloat162 a) { return {__bfloat162float(a.x), __bfloat162float(a.y)}; }
+static inline __half2 __floats2half2_rn(float a, float b) { return {__float2half_rn(a), __float2half_rn(b)}; }
+static inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
+    return {__float2bfloat16_rn(a), __float2bfloat16_rn(b)};
+}
+
+// ---- Barriers and shuffles
+
+static inline void __syncthreads() {
+    emulate::self->state = emulate::Fiber::IN_BLOCK;
+    emulate::pause();
+}
+
+static inline void __syncwarp(unsigned = 0xffffffffu) {
+    int none = 0;
+    emulate::collective("__syncwarp", none, none, [](int**, int**) {});
+}
+
+// The value of the lane `from`; a lane outside the warp leaves each its own.
+template <class T>
+static inline T shuffle(const char* operation, unsigned mask, T value, int width, int from) {
+    if (mask != 0xffffffffu || width != 32) emulate::fail(std::string(operation) + ": only whole warps are emulated");
+    const int lanes = emulate::warps[emulate::self->warp].lanes;
+    struct Request {
+        T value;
+        int from;
+    } request = {value, from < 0 || from >= lanes ? emulate::self->lane : from};
+    T result;
+    emulate::collective(operation, request, result, [lanes](Request** in, T** out) {
+        for (int lane = 0; lane < lanes; ++lane) *out[lane] = in[in[lane]->from]->value;
+    });
+    return result;
+}
+template <class T>
+static inline T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
+    return shuffle("__shfl_xor_sync", mask, value, width, emulate::self->lane ^ lanes);
+}
+template <class T>
+static inline T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32) {
+    return shuffle("__shfl_down_sync", mask, value, width, emulate::self->lane + static_cast<int>(by));
+}
+template <class T>
+static inline T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32) {
+    return shuffle("__shfl_up_sync", mask, value, width, emulate::self->lane - static_cast<int>(by));
+}
+template <class T>
+static inline T __shfl_sync(unsigned mask, T value, int from, int width = 32) {
+    return shuffle("__shfl_sync", mask, value, width, from % 32);
+}
+
+// ---- The functions of cuda/include/ptx.cuh
+
+static inline int opaque(int value) { return value; }
+
+static inline void cp_async_16(void* shared, const void* global, bool valid) {
+    emulate::check_shared(shared, 16, "cp.async");
+    if (reinterpret_cast<uintptr_t>(global) % 16) emulate::fail("cp.async: misaligned global address");
+    auto* to = static_cast<unsigned char*>(shared);
+    std::memset(to, 0x5a, 16);
+    emulate::self->open.push_back({to, static_cast<const unsigned char*>(global), valid});
+}
+
+static inline void cp_async_commit() {
+    emulate::self->groups.push_back(std::move(emulate::self->open));
+    emulate::self->open.clear();
+}
+
+template <int GROUPS>
+static inline void cp_async_wait() {
+    auto& groups = emulate::self->groups;
+    for (; groups.size() > GROUPS; groups.pop_front()) {
+        for (const emulate::Copy& copy : groups.front()) {
+            if (copy.valid) {
+                std::memcpy(copy.to, copy.from, 16);
+            } else {
+                std::memset(copy.to, 0, 16);
+            }
+        }
+    }
+}
+
+static inline void ldmatrix_x4(unsigned (&d)[4], const void* row) {
+    emulate::check_shared(row, 16, "ldmatrix");
+    emulate::collective("ldmatrix_x4", row, d, [](const void** rows[32], unsigned (*out[32])[4]) {
+        for (int matrix = 0; matrix < 4; ++matrix) {
+            bool taken[8] = {};  // groups of 4 banks
+            for (int i = 0; i < 8; ++i) {
+                const auto* bytes = static_cast<const unsigned char*>(*rows[8 * matrix + i]);
+                bool& group = taken[reinterpret_cast<uintptr_t>(bytes) / 16 % 8];
+                emulate::bank_conflicts += group;
+                group = true;
+                for (int t = 0; t < 4; ++t) std::memcpy(&(*out[4 * i + t])[matrix], bytes + 4 * t, 4);
+            }
+        }
+    });
+}
+
+namespace emulate {
+
+template <class D>
+struct Operands {
+    D (*d)[4];
+    unsigned a[4], b[2];
+};
+
+// d += a * b, 16 x 8 x (32 bytes), of elements E that `value` turns into numbers.
+template <class E, class D, class Number, class Value>
+static void mma(const char* operation, D (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Value value) {
+    constexpr int EACH = 4 / sizeof(E), DEPTH = 8 * EACH;
+    Operands<D> in = {&d, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+    int none = 0;
+    collective(operation, in, none, [value](Operands<D>** lanes, int**) {
+        Number left[16][DEPTH], right[8][DEPTH];
+        for (int lane = 0; lane < 32; ++lane) {
+            const int g = lane / 4, t = lane % 4;
+            for (int r = 0; r < 4; ++r) {
+                E elements[EACH];
+                std::memcpy(elements, &lanes[lane]->a[r], 4);
+                const int k = r / 2 * DEPTH / 2 + EACH * t;
+                for (int i = 0; i < EACH; ++i) left[g + r % 2 * 8][k + i] = value(elements[i]);
+            }
+            for (int r = 0; r < 2; ++r) {
+                E elements[EACH];
+                std::memcpy(elements, &lanes[lane]->b[r], 4);
+                for (int i = 0; i < EACH; ++i) right[g][r * DEPTH / 2 + EACH * t + i] = value(elements[i]);
+            }
+        }
+        for (int lane = 0; lane < 32; ++lane) {
+            for (int i = 0; i < 4; ++i) {
+                const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+                Number sum = (*lanes[lane]->d)[i];
+                for (int k = 0; k < DEPTH; ++k) sum += left[row][k] * right[column][k];
+                (*lanes[lane]->d)[i] = static_cast<D>(sum);
+            }
+        }
+    });
+}
+
+}  // namespace emulate
+
+static inline void mma_s8(int (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    emulate::mma<signed char, int, int>("mma_s8", d, a, b0, b1, [](signed char code) { return int(code); });
+}
+static inline void mma_f16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    auto value = [](unsigned short bits) { return static_cast<double>(__half2float({bits})); };
+    emulate::mma<unsigned short, float, double>("mma_f16", d, a, b0, b1, value);
+}
+static inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    auto value = [](unsigned short bits) { return static_cast<double>(__bfloat162float({bits})); };
+    emulate::mma<unsigned short, float, double>("mma_bf16", d, a, b0, b1, value);
+}

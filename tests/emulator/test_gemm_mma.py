@@ -1,0 +1,232 @@
+"""cuda/gemm_mma.cu, run on the CPU, against sums in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qdiff.numerics.gemm_layout import from_gemm
+from qdiff.numerics.packing import pack_int4, pack_multipliers
+from qdiff.ops import _cupy, _gemm_mma
+from qdiff.ops._gemm_mma import Tile
+
+SMALLEST = Tile(64, 16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One product; a linear layer is an image of one row."""
+
+    n: int = 64
+    segments: tuple[int, ...] = (64,)
+    size: tuple[int, int, int] = (1, 1, 16)  # images, rows, columns
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    weight: int = 4
+    tile: Tile = SMALLEST
+    scale_rows: int = 1
+    rank: int = 0
+    low_dtype: torch.dtype = torch.float16
+    bias: torch.dtype | None = torch.float32
+    shift: bool = False
+    residual: bool = False
+    out_dtype: torch.dtype = torch.float16
+    extremes: bool = False
+    capability: tuple[int, int] = (8, 0)
+
+
+CASES = {
+    "one tile": Case(),
+    "less than a tile, K = 32": Case(n=5, segments=(32,), size=(1, 1, 3)),
+    "ragged in every direction": Case(n=200, segments=(320,), size=(1, 1, 77), tile=Tile(64, 32), scale_rows=77),
+    "K = 96, an odd number of blocks": Case(n=130, segments=(96,), size=(1, 1, 33), tile=Tile(128, 16), scale_rows=33),
+    "128 x 128, several blocks": Case(n=260, segments=(256,), size=(1, 1, 300), tile=Tile(128, 128), scale_rows=300),
+    "128 x 64": Case(
+        n=136, segments=(160,), size=(1, 1, 100), tile=Tile(128, 64), scale_rows=2, out_dtype=torch.float32
+    ),
+    "64 x 128": Case(n=72, segments=(160,), size=(1, 1, 200), tile=Tile(64, 128)),
+    "64 x 64, no bias": Case(n=100, segments=(128,), size=(1, 1, 100), tile=Tile(64, 64), bias=None),
+    "128 x 32, more pixel tiles than a band": Case(n=130, segments=(64,), size=(1, 1, 301), tile=Tile(128, 32)),
+    "two stages, as on Turing": Case(n=72, segments=(352,), size=(1, 1, 40), capability=(7, 5)),
+    "extremes": Case(n=70, segments=(1280,), size=(1, 1, 20), extremes=True),
+    "extremes, codebook": Case(n=70, segments=(1280,), size=(1, 1, 20), extremes=True, weight=5),
+    "extremes, int8": Case(n=70, segments=(1280,), size=(1, 1, 20), extremes=True, weight=8),
+    "codebook": Case(n=130, segments=(96,), size=(1, 1, 200), tile=Tile(128, 128), weight=5),
+    "int8": Case(n=130, segments=(96,), size=(1, 1, 200), tile=Tile(128, 128), weight=8, scale_rows=200),
+    "3x3": Case(n=40, segments=(64,), size=(2, 7, 5), kernel=(3, 3), padding=(1, 1), scale_rows=2, shift=True),
+    "3x3 without padding, stride 2": Case(segments=(32,), size=(1, 9, 8), kernel=(3, 3), stride=(2, 2)),
+    "3x3, stride 2, C = 96": Case(
+        n=70, segments=(96,), size=(3, 8, 6), kernel=(3, 3), stride=(2, 2), padding=(1, 1), shift=True, residual=True
+    ),
+    "2x3, strides and paddings unlike": Case(
+        n=24, segments=(64,), size=(2, 6, 9), kernel=(2, 3), stride=(1, 2), padding=(0, 1), weight=8, tile=Tile(64, 64)
+    ),
+    "two segments": Case(
+        n=70, segments=(64, 96), size=(4, 4, 5), kernel=(3, 3), padding=(1, 1), scale_rows=2, residual=True
+    ),
+    "four segments, codebook": Case(
+        n=130, segments=(32, 96, 64, 32), size=(2, 9, 9), tile=Tile(128, 128), scale_rows=2, weight=5, shift=True
+    ),
+    "two segments, int8": Case(
+        n=70, segments=(32, 64), size=(2, 4, 5), kernel=(3, 3), padding=(1, 1), weight=8, out_dtype=torch.float32
+    ),
+    "low-rank, float16": Case(n=70, size=(1, 1, 40), rank=32, residual=True, scale_rows=40, tile=Tile(64, 64)),
+    "low-rank of 8, bfloat16": Case(n=77, rank=8, low_dtype=torch.bfloat16, out_dtype=torch.bfloat16, residual=True),
+    "low-rank of 24, 128 x 128": Case(n=130, size=(1, 1, 200), rank=24, tile=Tile(128, 128), out_dtype=torch.float32),
+    "low-rank, float32": Case(n=70, size=(1, 1, 40), rank=16, low_dtype=torch.float32, out_dtype=torch.float32),
+    "low-rank of 5": Case(n=70, size=(1, 1, 40), rank=5, residual=True),
+    "bfloat16 bias": Case(n=65, bias=torch.bfloat16, out_dtype=torch.bfloat16, residual=True),
+}
+
+
+def make_problem(case: Case) -> SimpleNamespace:
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(low, high, *shape):
+        if case.extremes:  # the same sign in every product: the largest sums there are
+            return torch.full(shape, low)
+        return torch.randint(low, high + 1, shape, generator=generator)
+
+    def normal(*shape, dtype=torch.float32):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    images, rows, columns = case.size
+    channels, taps = sum(case.segments), case.kernel[0] * case.kernel[1]
+    k = channels * taps
+    multipliers = codebook = None
+    if case.weight == 8:
+        weight = codes = integers(-127, 127, case.n, k).to(torch.int8)
+    else:
+        q = integers(-8, 7, case.n, k).to(torch.int8)
+        codes = pack_int4(q, 32)
+        if case.weight == 5:
+            codebook = integers(-127, 127, case.n, 16).to(torch.int8)
+            weight = codebook.gather(1, q.long() + 8)
+        else:
+            m = torch.full((case.n, k // 32), 15) if case.extremes else integers(1, 15, case.n, k // 32)
+            multipliers = pack_multipliers(m.to(torch.uint8))
+            weight = (q * m.repeat_interleave(32, 1)).to(torch.int8)
+    x = integers(-127, 127, images, rows, columns, channels).to(torch.int8)
+    oh, ow = (
+        (extent + 2 * case.padding[i] - case.kernel[i]) // case.stride[i] + 1
+        for i, extent in enumerate((rows, columns))
+    )
+    pixels = images * oh * ow
+    # Of the accumulators' size to the other terms', so that an error in any of them shows.
+    x_scale = torch.rand(case.scale_rows, len(case.segments), generator=generator) + 0.5
+    return SimpleNamespace(
+        x=x,
+        B=images,
+        H=rows,
+        W=columns,
+        C=channels,
+        OH=oh,
+        OW=ow,
+        N=case.n,
+        kernel=case.kernel,
+        stride=case.stride,
+        padding=case.padding,
+        segments=case.segments,
+        x_scale=x_scale,
+        weight_kind=case.weight,
+        codes=codes,
+        multipliers=multipliers,
+        codebook=codebook,
+        scale=(torch.rand(case.n, generator=generator) + 0.5) / (70 * 30 * k**0.5),
+        bias=None if case.bias is None else normal(case.n, dtype=case.bias),
+        shift=normal(images, case.n) if case.shift else None,
+        residual=normal(pixels, case.n, dtype=case.out_dtype) if case.residual else None,
+        x_low=normal(pixels, case.rank, dtype=case.low_dtype) if case.rank else None,
+        up=normal(case.n, case.rank, dtype=case.low_dtype) if case.rank else None,
+        out_dtype=case.out_dtype,
+        weight=weight,
+    )
+
+
+def accumulators(problem: SimpleNamespace) -> list[torch.Tensor]:
+    """The integer sums [pixels, N] of every segment, exact in float64."""
+    x = problem.x.double().permute(0, 3, 1, 2).split(problem.segments, dim=1)
+    weight = from_gemm(problem.weight.double(), problem.segments, problem.kernel).split(problem.segments, dim=1)
+    sums = (F.conv2d(a, b, None, problem.stride, problem.padding) for a, b in zip(x, weight))
+    return [one.permute(0, 2, 3, 1).reshape(-1, problem.N) for one in sums]
+
+
+def rounded(problem: SimpleNamespace) -> torch.Tensor:
+    """The result [pixels, N] with the contract's roundings, but for the low-rank sum, which is exact."""
+    sums = accumulators(problem)
+    pixels = sums[0].shape[0]
+    x_scale = problem.x_scale.repeat_interleave(pixels // problem.x_scale.shape[0], dim=0)
+    y = torch.zeros(pixels, problem.N)
+    for s, one in enumerate(sums):
+        y += one.float() * x_scale[:, s, None]
+    y *= problem.scale
+    if problem.bias is not None:
+        y += problem.bias.float()
+    if problem.shift is not None:
+        y += problem.shift.repeat_interleave(problem.OH * problem.OW, dim=0)
+    if problem.x_low is not None:
+        y = (y.double() + problem.x_low.double() @ problem.up.double().T).float()
+    if problem.residual is not None:
+        y += problem.residual.float()
+    return y.to(problem.out_dtype)
+
+
+@pytest.fixture
+def run(load_kernel, monkeypatch):
+    """`run(case, problem, dtype)`: what `_gemm_mma.launch` computes, its kernel emulated."""
+
+    def run_one(case: Case, problem: SimpleNamespace, dtype: torch.dtype) -> torch.Tensor:
+        def kernel(source, macros):
+            function = load_kernel(source, macros)
+            return SimpleNamespace(
+                launch=lambda grid, threads, shared, params: function(grid, (threads, 1, 1), shared, params)
+            )
+
+        monkeypatch.setattr(_cupy, "kernel", kernel)
+        monkeypatch.setattr(_cupy, "capability", lambda device: case.capability)
+        # A margin of sevens around the output shows writes beside it.
+        count = problem.B * problem.OH * problem.OW * problem.N
+        storage = torch.full((count + 512,), 7, dtype=dtype)
+        out = storage[256 : 256 + count].view(-1, problem.N)
+        _gemm_mma.launch(problem, out, case.tile)
+        assert (storage[:256] == 7).all()
+        assert (storage[256 + count :] == 7).all()
+        return out
+
+    return run_one
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_accumulators_bit_for_bit(case, run):
+    problem = make_problem(case)
+    got = run(case, replace_scales(problem), torch.int32)
+    assert torch.equal(got.double(), sum(accumulators(problem)))
+
+
+def replace_scales(problem: SimpleNamespace) -> SimpleNamespace:
+    """The same problem with infinities in all that the int32 output may not look at."""
+    changed = vars(problem).copy()
+    for name in ("scale", "bias", "shift", "residual", "x_scale", "x_low", "up"):
+        if changed[name] is not None:
+            changed[name] = torch.full_like(changed[name], torch.inf)
+    return SimpleNamespace(**changed)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_result(case, run):
+    problem = make_problem(case)
+    got, want = run(case, problem, case.out_dtype), rounded(problem)
+    if case.rank == 0:
+        assert torch.equal(got, want)
+        return
+    # float32 sums of `rank` terms in another order, then one rounding: a unit in the last place of the type at most,
+    # but where the terms cancel.
+    eps = torch.finfo(case.out_dtype).eps
+    slack = 2**-23 * (case.rank + 3) * (1 + problem.x_low.double().abs() @ problem.up.double().abs().T)
+    assert ((got.double() - want.double()).abs() <= eps * want.double().abs() + slack).all()
+    assert (got != want).float().mean() < (1 if case.out_dtype == torch.float32 else 0.02)

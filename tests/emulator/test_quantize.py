@@ -1,0 +1,175 @@
+"""The quantizing kernels and their launchers, run on the CPU, against the operators' references."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qdiff.ops import _cupy, _quantize_cuda, quantize_per_sample, quantize_per_token
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch, load_kernel):
+    """A GPU of two multiprocessors, emulated."""
+
+    def kernel(source, defines):
+        launch = load_kernel(source, defines)
+        return SimpleNamespace(launch=lambda grid, threads, shared, p: launch(grid, (threads, 1, 1), shared, p))
+
+    monkeypatch.setattr(_cupy, "kernel", kernel)
+    monkeypatch.setattr(_cupy, "multiprocessors", lambda device: 2)
+    monkeypatch.setattr(_cupy, "capability", lambda device: (9, 0))
+
+
+def rows(shape, dtype, seed=0):
+    """Values of very different rows: ordinary, zeros, tiny, huge, one outlier, ties, a single value."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).view(-1, shape[-1])
+    x[1 % len(x)] = 0
+    x[2 % len(x)] *= 1e-6
+    x[3 % len(x)] *= 1e4
+    x[4 % len(x), 3] = 500
+    x[5 % len(x)] = torch.arange(shape[-1]) % 255 - 127
+    return x.view(shape).to(dtype)
+
+
+def vector(k):
+    return torch.rand(k, generator=torch.Generator().manual_seed(9)) + 0.1
+
+
+def assert_token_equal(x, smooth):
+    codes, scale, low = _quantize_cuda.quantize_per_token(x, smooth, None)
+    expected = quantize_per_token(x, smooth, None)
+    assert torch.equal(scale, expected[0 + 1])
+    assert torch.equal(codes, expected[0])
+    assert codes.is_contiguous()
+    assert low.shape == (*x.shape[:-1], 0)
+    assert low.dtype == x.dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [(7, 32), (2, 3, 40), (33, 320), (9, 1280), (6, 2568), (300, 640), (7, 33), (8, 1100)],
+    ids=str,
+)
+def test_per_token(dtype, smoothed, shape):
+    assert_token_equal(rows(shape, dtype), vector(shape[-1]) if smoothed else None)
+
+
+@pytest.mark.parametrize("k", [12288, 32768, 32776])
+def test_per_token_of_long_rows(k):
+    assert_token_equal(rows((6, k), torch.bfloat16), vector(k))
+
+
+@pytest.mark.parametrize("magnitude", [1e-45, 1e-38, 1e-30, 1e-20, 3e38])
+def test_per_token_of_extreme_magnitudes(magnitude):
+    assert_token_equal(torch.tensor([magnitude, -magnitude, 0.0, magnitude / 3]).repeat(2, 8), None)
+
+
+def test_per_token_keeps_what_is_not_finite_visible():
+    x = torch.ones(4, 64)
+    x[0, 5], x[1, 6], x[3, 7] = float("nan"), float("inf"), float("-inf")
+    for rank in (None, 8):
+        down = None if rank is None else torch.ones(rank, 64)
+        _, scale, _ = _quantize_cuda.quantize_per_token(x.half() if rank else x, None, down)
+        assert torch.isnan(scale).tolist() == [True, False, False, False]
+        assert torch.isinf(scale).tolist() == [False, True, False, True]
+
+
+def test_per_token_of_strides_and_addresses_that_vectors_do_not_fit():
+    x = rows((6, 4, 64), torch.float16)
+    assert_token_equal(x.transpose(0, 1), None)
+    assert_token_equal(torch.cat([x.flatten()[:3], x.flatten()])[3:].view(6, 4, 64), vector(64))
+    assert_token_equal(x[0, 0], vector(65)[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "rank"),
+    [((17, 32), 8), ((2, 24, 320), 32), ((40, 640), 32), ((5, 1280), 13), ((50, 96), 128), ((9, 48), 4)],
+    ids=str,
+)
+def test_per_token_with_a_low_rank_branch(dtype, smoothed, shape, rank):
+    x, smooth = rows(shape, dtype), vector(shape[-1]) if smoothed else None
+    down = torch.randn(rank, shape[-1], generator=torch.Generator().manual_seed(1))
+    codes, scale, low = _quantize_cuda.quantize_per_token(x, smooth, down)
+    expected = quantize_per_token(x, smooth, down)
+    assert torch.equal(codes, expected[0])
+    assert torch.equal(scale, expected[1])
+    assert low.dtype == dtype
+    # The two orders of summation differ by 2^-20 of the sum of magnitudes; rounding to the dtype may then go either way.
+    v = (x if smooth is None else (x * smooth).to(dtype)).double()
+    exact, magnitudes = v @ down.to(dtype).double().T, v.abs() @ down.to(dtype).double().abs().T
+    slack = magnitudes * 2**-20 + exact.abs() * torch.finfo(dtype).eps + torch.finfo(dtype).tiny
+    finite = exact.abs() < torch.finfo(dtype).max
+    assert torch.equal(finite, torch.isfinite(low))
+    assert ((low.double() - exact).abs() <= slack)[finite].all()
+
+
+def test_per_token_with_a_low_rank_branch_of_rows_too_long_for_the_registers():
+    x, smooth = rows((18, 6176), torch.float16), vector(6176)
+    down = torch.randn(16, 6176, generator=torch.Generator().manual_seed(1)) / 80
+    codes, scale, low = _quantize_cuda.quantize_per_token(x, smooth, down)
+    expected = quantize_per_token(x, smooth, down)
+    assert torch.equal(codes, expected[0])
+    assert torch.equal(scale, expected[1])
+    torch.testing.assert_close(low, expected[2], rtol=2e-3, atol=1e-3, equal_nan=True)
+
+
+def assert_sample_equal(x, scale, smooth, segments, channel_dim):
+    codes = _quantize_cuda.quantize_per_sample(x, scale, smooth, segments, channel_dim)
+    expected = quantize_per_sample(x, scale, smooth, segments, channel_dim)
+    assert torch.equal(codes, expected)
+    assert codes.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "segments", "scale_rows"),
+    [
+        ((4, 64, 8, 8), (64,), 1),
+        ((2, 112, 16, 9), (48, 64), 2),
+        ((2, 320, 5, 5), (320,), 1),
+        ((2, 33, 7, 3), (12, 21), 2),
+        ((1, 24, 70, 4), (2, 4, 6, 12), 1),
+        ((2, 2560, 2, 4), (1280, 1280), 2),
+        ((2, 4, 1, 1), (4,), 2),
+        ((3, 1, 5, 6), (1,), 1),
+        ((1, 10, 4, 4), (1,) * 10, 1),
+        ((1, 12, 4, 4), (1,) * 9 + (3,), 1),
+    ],
+    ids=str,
+)
+def test_per_sample_of_images(dtype, order, shape, segments, scale_rows):
+    x = (3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype).contiguous(memory_format=order)
+    scale = torch.rand(scale_rows, len(segments), generator=torch.Generator().manual_seed(1)) / 50
+    scale[0, 0] = 0
+    for smooth in (None, vector(shape[1])):
+        assert_sample_equal(x, scale, smooth, segments, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "channel_dim", "scale_rows"),
+    [((6, 77, 64), -1, 2), ((4, 33), 1, 4), ((2, 3, 5, 40), 3, 1), ((300, 128), -1, 1), ((2, 16, 6), 1, 2), ((0, 8), 1, 0)],
+    ids=str,
+)
+def test_per_sample_of_other_tensors(dtype, shape, channel_dim, scale_rows):
+    x = (3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
+    scale = torch.rand(scale_rows, 1, generator=torch.Generator().manual_seed(1)) / 50 + 1e-3
+    assert_sample_equal(x, scale, vector(shape[channel_dim]), (shape[channel_dim],), channel_dim)
+
+
+def test_per_sample_saturates_and_takes_any_strides():
+    x = rows((6, 16, 8, 8), torch.float16)
+    assert_sample_equal(x.permute(0, 1, 3, 2), torch.full((1, 1), 1e-3), None, (16,), 1)
+    assert_sample_equal(x[:, :, ::2], torch.full((1, 1), 1e-3), None, (16,), 1)
+    assert_sample_equal(x[1:, 1:].contiguous()[:, :8], torch.full((5, 1), 1e-3), vector(8), (8,), 1)
+    assert_sample_equal(x.flatten()[3:131].view(2, 64), torch.full((1, 1), 1e-3), None, (64,), 1)

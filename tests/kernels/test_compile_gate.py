@@ -1,0 +1,174 @@
+"""Every CUDA kernel compiles to machine code for every architecture, as it should: no GPU and no driver needed.
+
+What is compiled is what the host side can ask for: its modules list their kernels in `VARIANTS`, as pairs of a source's
+name and its defines. Building takes the time; so for sm_80 and sm_90a all of a source's are built, or where there are
+many as many as it takes to have every two values of two macros together in one; for the other architectures as many as
+have every value. Machine code and not PTX, because the PTX of a faulty wgmma sequence looks well. The options are those
+of `qdiff/ops/_cupy.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import itertools
+import re
+import subprocess
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import pytest
+from cuda.core import Program, ProgramOptions
+from cuda.pathfinder import find_nvidia_binary_utility, find_nvidia_header_directory
+
+from qdiff.ops._cuda_sources import cuda_source_dir
+
+SOURCES = cuda_source_dir()
+HOST_MODULES = ("_gemm_mma", "_gemm_wgmma", "_quantize_cuda", "_w4a16_cuda")
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+COMPLETE = ("sm_80", "sm_90a")
+MANY = 64
+# Sources that use what one architecture alone has.
+ONLY = {"gemm_wgmma": ("sm_90a",)}
+
+# Registers a thread: some more than the largest that was seen (gemm_mma 235, quantize_per_sample 108,
+# quantize_per_token 104, quantize_per_token_down 246, w4a16_linear 80). gemm_wgmma has what 384 threads can have.
+REGISTERS = {
+    "gemm_mma": 248,
+    "gemm_wgmma": 168,
+    "quantize_per_sample": 128,
+    "quantize_per_token": 128,
+    "quantize_per_token_down": 255,
+    "w4a16_linear": 96,
+}
+# Tensor-core instructions that must be in the machine code: integer ones of a warp, or of a warp group.
+TENSOR_CORE = {"gemm_mma": "IMMA", "gemm_wgmma": "IGMMA"}
+
+Defines = tuple[tuple[str, int | str], ...]
+
+
+class Job(NamedTuple):
+    source: str
+    defines: Defines
+    arch: str
+
+    def __str__(self) -> str:
+        return "-".join([self.source, self.arch, *(f"{name}={value}" for name, value in self.defines)])
+
+
+class Build(NamedTuple):
+    log: str
+    code: bytes
+
+
+def variants() -> list[tuple[str, Defines]]:
+    found = []
+    for name in HOST_MODULES:
+        if (SOURCES.parent / "qdiff" / "ops" / f"{name}.py").exists():
+            found += [
+                (source, tuple(defines))
+                for source, defines in getattr(importlib.import_module(f"qdiff.ops.{name}"), "VARIANTS", [])
+            ]
+    return list(dict.fromkeys(found))
+
+
+def covering(variants: list[Defines], size: int) -> list[Defines]:
+    """Some of the variants, such that every combination of `size` macros' values in any of them is in one of these."""
+    combinations = {variant: set(itertools.combinations(variant, size)) for variant in variants}
+    missing = set().union(*combinations.values())
+    chosen = variants[:1]  # where there are no macros, there is one variant
+    while missing := missing - combinations[chosen[-1]]:
+        chosen.append(max(variants, key=lambda variant: len(combinations[variant] & missing)))
+    return chosen
+
+
+def all_jobs() -> list[Job]:
+    by_source: dict[str, list[Defines]] = {}
+    for source, defines in variants():
+        by_source.setdefault(source, []).append(defines)
+    return [
+        Job(source, defines, arch)
+        for source, group in by_source.items()
+        for arch in ONLY.get(source, ARCHITECTURES)
+        for defines in selection(group, arch)
+    ]
+
+
+def selection(group: list[Defines], arch: str) -> list[Defines]:
+    if arch in COMPLETE:
+        return group if len(group) <= MANY else covering(group, 2)
+    return covering(group, 1)
+
+
+def first_of_each() -> list[Job]:
+    """One job for each source with a promise in `TENSOR_CORE`, and each architecture."""
+    return list({(job.source, job.arch): job for job in reversed(all_jobs()) if job.source in TENSOR_CORE}.values())
+
+
+def build(job: Job) -> Build:
+    path, log = SOURCES / f"{job.source}.cu", io.StringIO()
+    options = ProgramOptions(
+        name=path.name,
+        arch=job.arch,
+        std="c++17",
+        device_as_default_execution_space=True,
+        define_macro=[(name, str(value)) for name, value in job.defines],
+        include_path=[str(SOURCES / "include"), find_nvidia_header_directory("cudart")],
+        ptxas_options=["-v"],
+    )
+    try:
+        code = Program(path.read_text(encoding="utf-8"), "c++", options).compile("cubin", logs=log).code
+    except Exception as error:  # noqa: BLE001  the compiler's own text is what a reader needs
+        pytest.fail(f"{job}: {error}\n{log.getvalue()}")
+    return Build(log.getvalue(), bytes(code))
+
+
+@pytest.fixture(scope="module")
+def builds(request: pytest.FixtureRequest):
+    """A future for each job that was selected: two compile at a time while the tests look at what is done."""
+    params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    with ThreadPoolExecutor(2) as pool:
+        jobs = dict.fromkeys(p["job"] for p in params if "job" in p)
+        futures: dict[Job, Future[Build]] = {job: pool.submit(build, job) for job in jobs}
+        yield futures
+        for future in futures.values():
+            future.cancel()
+
+
+def test_the_host_side_names_every_source():
+    sources = {path.stem for path in SOURCES.glob("*.cu")}
+    assert sources == {source for source, _ in variants()}
+
+
+@pytest.mark.parametrize("job", all_jobs(), ids=str)
+def test_compiles_without_spills_and_serialization(job, builds):
+    log = builds[job].result().log
+    used = [int(count) for count in re.findall(r"Used (\d+) registers", log)]
+    spilled = [int(count) for count in re.findall(r"(\d+) bytes spill", log)]
+    assert used, log
+    assert spilled, log
+    assert not any(spilled), log
+    # C7510: wgmma instructions are serialized. The result is right and several times slower.
+    assert "C7510" not in log, log
+    assert "serialized" not in log, log
+    assert job.source in REGISTERS, f"set a bound for {job.source}: it uses {max(used)} registers"
+    assert max(used) <= REGISTERS[job.source], log
+
+
+@pytest.mark.parametrize("job", first_of_each(), ids=str)
+def test_runs_on_tensor_cores(job, builds, tmp_path):
+    cubin, nvdisasm = tmp_path / "kernel.cubin", find_nvidia_binary_utility("nvdisasm")
+    assert nvdisasm is not None, "no nvdisasm: install nvidia-cuda-nvdisasm"
+    cubin.write_bytes(builds[job].result().code)
+    code = subprocess.run([nvdisasm, "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
+    assert re.search(rf"\b{TENSOR_CORE[job.source]}\.", code)
+
+
+def test_covering():
+    variants = [tuple(zip("ABC", values)) for values in itertools.product((0, 1, 2), (0, 1), (0, 1))]
+    for size, fewest in ((1, 3), (2, 6)):
+        chosen = covering(variants, size)
+        assert {c for v in chosen for c in itertools.combinations(v, size)} == {
+            c for v in variants for c in itertools.combinations(v, size)
+        }
+        assert fewest <= len(chosen) < len(variants)
