@@ -27,6 +27,7 @@
 //
 // Where the channels of a segment are an odd multiple of 32, the last step of every tap is half empty: its second half
 // is filled with zeros.
+#include "dependent.cuh"
 #include "dtype.cuh"
 #include "ptx.cuh"
 #include "unpack.cuh"
@@ -406,6 +407,8 @@ __device__ __forceinline__ void store_tile(const Tile& y, const Params& p, float
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) gemm_mma(const __grid_constant__ Params p) {
+    wait_for_kernel_before();
+    let_next_kernel_in();
     DYNAMIC_SHARED(shared);
     // Blocks that run at the same time form a rectangle of RASTER pixel tiles by some feature tiles: both operands are
     // then found in the L2 cache by most of them.

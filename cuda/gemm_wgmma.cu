@@ -5,7 +5,7 @@
 // shared memory, are unpacked to int8 in registers, and never travel again. Activations are the B operand, in shared
 // memory as the copy engine leaves them: a box of channels x pixels at the tap's offset, zeros outside the image.
 //
-// A producer warpgroup (one thread drives the copy engine, one warp lays out the multipliers) gives its registers to two
+// A producer warpgroup (two threads drive the copy engine, two warps lay out the multipliers) gives its registers to two
 // consumer warpgroups. Compiled for one tile:
 //   WEIGHT     4: int4 with a multiplier a block of 32, 5: int4 with a codebook a row, 8: int8
 //   TOKENS     output pixels a tile: 16 or a multiple of 32, to 256
@@ -19,18 +19,19 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "dependent.cuh"
 #include "dtype.cuh"
 #include "sm90.cuh"
 #include "unpack.cuh"
 #include "wgmma.cuh"
 
 constexpr int kFeatures = 128;  // of a tile, 64 a warpgroup
+constexpr int kProducerRegisters = SPLIT > 1 ? 56 : 40;  // a thread; the consumers have the rest of 512
 constexpr int kChunk = TOKENS < 32 || RANK || EXTRAS ? 16 : 32;  // tokens of a step of the epilogue
-constexpr int kWeightRow = WEIGHT == 8 ? 64 : 32;  // bytes of a weight row in a sub-block of 64
+constexpr int kWeightRow = WEIGHT == 8 ? 128 : 64;  // bytes of a weight row in a stage of 128
 constexpr int kWeightBytes = kFeatures * kWeightRow;
-constexpr int kInputBytes = TOKENS * 64;
-constexpr int kSubBytes = kWeightBytes + kInputBytes;
-constexpr int kStageBytes = 2 * kSubBytes;
+constexpr int kInputBytes = TOKENS * 128;
+constexpr int kStageBytes = kWeightBytes + kInputBytes;
 constexpr int kMultiplierBytes = WEIGHT == 4 ? 4 * kFeatures : 0;  // of a stage: one for each row and block of 32
 constexpr int kMaxSegments = 4;
 constexpr int kAccumulators = TOKENS / 2;
@@ -60,25 +61,26 @@ struct Params {
     int is_integer, bias_dtype, shift_dtype, low_is_bf16;
 };
 
-// Where the K axis is: sub-blocks of 64 channels of one tap, the last of a tap 32 wide when the segment's width is odd.
+// Where the K axis is: stages of 128 channels of one tap, the last of a tap with what is left of the segment's.
 struct Walk {
     int chunk, chunks, blocks, block, tap_h, tap_w, channel;
 
-    __device__ Walk(const Params& p, int segment, int sub) {
+    __device__ Walk(const Params& p, int segment, int stage) {
         int before = 0;
         for (int s = 0; s < segment; ++s) before += p.channels[s];
         blocks = p.channels[segment] / 32;
-        chunks = (blocks + 1) / 2;
-        const int tap = sub / chunks;
-        chunk = sub - tap * chunks;
-        block = before / 32 * p.taps + tap * blocks + 2 * chunk;
+        chunks = (blocks + 3) / 4;
+        const int tap = stage / chunks;
+        chunk = stage - tap * chunks;
+        block = before / 32 * p.taps + tap * blocks + 4 * chunk;
         tap_h = tap / p.kernel_w;
         tap_w = tap - tap_h * p.kernel_w;
         channel = before;
     }
-    __device__ bool whole() const { return 2 * chunk + 1 < blocks; }
+    // The blocks of 32 in this stage.
+    __device__ int here() const { return min(4, blocks - 4 * chunk); }
     __device__ void next(const Params& p) {
-        block += whole() ? 2 : 1;
+        block += here();
         if (++chunk == chunks) {
             chunk = 0;
             if (++tap_w == p.kernel_w) {
@@ -102,9 +104,8 @@ struct Share {
             part = cluster_rank() % parts;
         }
     }
-    __device__ void stages(const Params& p, int segment, int& subs, int& first, int& end) const {
-        subs = p.taps * ((p.channels[segment] / 32 + 1) / 2);
-        const int total = (subs + 1) / 2;
+    __device__ void stages(const Params& p, int segment, int& first, int& end) const {
+        const int total = p.taps * ((p.channels[segment] / 32 + 3) / 4);
         first = part * total / parts;
         end = (part + 1) * total / parts;
     }
@@ -138,130 +139,128 @@ struct Tile {
     }
 };
 
-__device__ __forceinline__ void produce(const Params& p, unsigned stages, unsigned full, unsigned empty) {
-    const Share share(p);
-    int stage = 0;
-    unsigned phase = 1;  // the buffers start out empty
-    prefetch_map(&p.weight);
-    prefetch_map(&p.input);
-    auto acquire = [&](int bytes) {
-        barrier_wait(empty + 8 * stage, phase);
-        barrier_expect(full + 8 * stage, bytes);
-    };
-    auto advance = [&] {
+// A position in the ring of stages.
+struct Ring {
+    int stage;
+    unsigned phase;
+
+    __device__ void next() {
         if (++stage == STAGES) {
             stage = 0;
             phase ^= 1;
         }
+    }
+};
+
+// Loads the weights, or the pixels (INPUT) and what of the low-rank branch belongs to them: one thread each.
+template <bool INPUT>
+__device__ __forceinline__ void produce(const Params& p, unsigned stages, unsigned full, unsigned empty) {
+    constexpr int kBytes = INPUT ? kInputBytes : kWeightBytes;
+    const Share share(p);
+    Ring ring{0, 1};  // the buffers start out empty
+    auto acquire = [&](int bytes) {
+        barrier_wait(empty + 8 * ring.stage, ring.phase);
+        barrier_expect(full + 8 * ring.stage, bytes);
     };
+    prefetch_map(INPUT ? &p.input : &p.weight);
     for (int index = blockIdx.x / SPLIT; index < p.tiles; index += gridDim.x / SPLIT) {
         const Tile tile(p, index);
         const int w0 = tile.column * p.stride_w - p.padding_w, h0 = tile.row * p.stride_h - p.padding_h;
         for (int segment = share.first_segment; segment < share.end_segment; ++segment) {
-            int subs, first, end;
-            share.stages(p, segment, subs, first, end);
-            Walk walk(p, segment, 2 * first);
+            int first, end;
+            share.stages(p, segment, first, end);
+            Walk walk(p, segment, first);
             for (int i = first; i < end; ++i) {
-                const int here = min(2, subs - 2 * i);
-                acquire(here * kSubBytes);
-                for (int sub = 0; sub < here; ++sub) {
-                    const unsigned at = stages + stage * kStageBytes + sub * kSubBytes, bar = full + 8 * stage;
-                    tma_load_2d(at, &p.weight, bar, walk.block * (WEIGHT == 8 ? 32 : 16), tile.feature);
-                    tma_load_4d(at + kWeightBytes, &p.input, bar, walk.channel + 64 * walk.chunk, w0 + walk.tap_w,
+                const unsigned at = stages + ring.stage * kStageBytes, bar = full + 8 * ring.stage;
+                acquire(kBytes);
+                if (INPUT)
+                    tma_load_4d(at + kWeightBytes, &p.input, bar, walk.channel + 128 * walk.chunk, w0 + walk.tap_w,
                                 h0 + walk.tap_h, tile.image);
-                    walk.next(p);
-                }
-                advance();
+                else
+                    tma_load_2d(at, &p.weight, bar, walk.block * (WEIGHT == 8 ? 32 : 16), tile.feature);
+                walk.next(p);
+                ring.next();
             }
         }
         if (RANK && (SPLIT == 1 || cluster_rank() == 0)) {
             for (int r = 0; r < p.rank; r += 64) {
-                const int here = p.rank - r > 32 ? 2 : 1;
-                acquire(here * kInputBytes);
-                for (int sub = 0; sub < here; ++sub)
-                    tma_load_4d(stages + stage * kStageBytes + sub * kSubBytes + kWeightBytes, &p.low, full + 8 * stage,
-                                2 * r + 64 * sub, tile.column, 0, 0);
-                advance();
+                acquire(INPUT ? kBytes : 0);
+                if (INPUT)
+                    tma_load_4d(stages + ring.stage * kStageBytes + kWeightBytes, &p.low, full + 8 * ring.stage, 2 * r,
+                                tile.column, 0, 0);
+                ring.next();
             }
         }
     }
 }
 
 // Lays out the multipliers: for each stage and row a word with those of its four blocks of 32, zero where the K axis has
-// no such block. A lane keeps 16 blocks of each of its rows, so that global memory is read once every 256 of K.
+// no such block. Two warps, two rows a lane; of each row a lane keeps the 16 blocks around, so that it reads a word of
+// global memory every 256 of K, one ahead. A row starts at any byte: words are read where they are aligned.
 __device__ __forceinline__ void produce_multipliers(const Params& p, unsigned words, unsigned full, unsigned empty) {
-    constexpr int kRows = kFeatures / 32;
     const Share share(p);
-    const int lane = threadIdx.x % 32, stride = p.multiplier_stride;
-    int stage = 0;
-    unsigned phase = 1;
+    const int lane = threadIdx.x % 64, stride = p.multiplier_stride;
+    const unsigned long long begin = reinterpret_cast<unsigned long long>(p.multipliers);
+    const unsigned long long last_byte = begin + static_cast<long long>(stride) * p.features - 1;
+    Ring ring{0, 1};
     for (int index = blockIdx.x / SPLIT; index < p.tiles; index += gridDim.x / SPLIT) {
         const Tile tile(p, index);
-        unsigned here[kRows], next[kRows];
-        auto load = [&](unsigned(&into)[kRows], int word) {
+        unsigned long long row[2];
+        unsigned turn[2], here[2], next[2], raw[2];
 #pragma unroll
-            for (int i = 0; i < kRows; ++i) {
-                const unsigned char* row =
-                    p.multipliers + static_cast<long long>(min(tile.feature + lane + 32 * i, p.features - 1)) * stride;
-                unsigned v = 0;
-                if ((stride & 3) == 0) {
-                    if (4 * word < stride) v = __ldg(reinterpret_cast<const unsigned*>(row) + word);
-                } else {
-#pragma unroll
-                    for (int b = 0; b < 4; ++b)
-                        if (4 * word + b < stride) v |= static_cast<unsigned>(__ldg(row + 4 * word + b)) << (8 * b);
-                }
-                into[i] = v;
-            }
+        for (int i = 0; i < 2; ++i) {
+            row[i] = begin + static_cast<long long>(min(tile.feature + lane + 64 * i, p.features - 1)) * stride;
+            turn[i] = 8 * (row[i] & 3);
+            row[i] &= ~3ull;
+        }
+        auto read = [&](int i, int word) {
+            const unsigned long long at = row[i] + 4 * word;
+            return at <= last_byte ? __ldg(reinterpret_cast<const unsigned*>(at)) : 0u;
         };
         for (int segment = share.first_segment; segment < share.end_segment; ++segment) {
-            int subs, first, end;
-            share.stages(p, segment, subs, first, end);
-            Walk walk(p, segment, 2 * first);
+            int first, end;
+            share.stages(p, segment, first, end);
+            Walk walk(p, segment, first);
             int word = walk.block >> 3;
-            if (first < end) {
-                load(here, word);
-                load(next, word + 1);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const unsigned a = read(i, word), b = read(i, word + 1);
+                raw[i] = read(i, word + 2);
+                here[i] = __funnelshift_r(a, b, turn[i]);
+                next[i] = __funnelshift_r(b, raw[i], turn[i]);
             }
-            for (int i = first; i < end; ++i) {
-                unsigned packed[kRows];
+            for (int s = first; s < end; ++s) {
+                if (walk.block >> 3 != word) {
+                    ++word;
 #pragma unroll
-                for (int sub = 0; sub < 2; ++sub) {
-                    if (walk.block >> 3 != word) {
-                        ++word;
-#pragma unroll
-                        for (int r = 0; r < kRows; ++r) here[r] = next[r];
-                        load(next, word + 1);
+                    for (int i = 0; i < 2; ++i) {
+                        const unsigned b = raw[i];
+                        here[i] = next[i];
+                        raw[i] = read(i, word + 2);
+                        next[i] = __funnelshift_r(b, raw[i], turn[i]);
                     }
-                    const unsigned mask = 2 * i + sub < subs ? (walk.whole() ? 0xff : 0x0f) : 0;
-#pragma unroll
-                    for (int r = 0; r < kRows; ++r) {
-                        const unsigned two = __funnelshift_r(here[r], next[r], 4 * (walk.block & 7)) & mask;
-                        packed[r] = sub == 0 ? two : packed[r] | two << 16;
-                    }
-                    if (2 * i + sub < subs) walk.next(p);
                 }
-                barrier_wait(empty + 8 * stage, phase);
+                const unsigned mask = 0xffffu >> (16 - 4 * walk.here());
+                const int shift = 4 * (walk.block & 7);
+                walk.next(p);
+                barrier_wait(empty + 8 * ring.stage, ring.phase);
 #pragma unroll
-                for (int r = 0; r < kRows; ++r)
-                    store_shared(words + stage * kMultiplierBytes + 4 * (lane + 32 * r),
-                                 (packed[r] & 0x000f000f) | (packed[r] & 0x00f000f0) << 4);
+                for (int i = 0; i < 2; ++i) {
+                    unsigned four = __funnelshift_r(here[i], next[i], shift) & mask;
+                    four = (four | four << 8) & 0x00ff00ff;
+                    store_shared(words + ring.stage * kMultiplierBytes + 4 * (lane + 64 * i),
+                                 (four | four << 4) & 0x0f0f0f0f);
+                }
                 __syncwarp();
-                if (lane == 0) barrier_arrive(full + 8 * stage);
-                if (++stage == STAGES) {
-                    stage = 0;
-                    phase ^= 1;
-                }
+                if (lane % 32 == 0) barrier_arrive(full + 8 * ring.stage);
+                ring.next();
             }
         }
         if (RANK && (SPLIT == 1 || cluster_rank() == 0))
             for (int r = 0; r < p.rank; r += 64) {
-                barrier_wait(empty + 8 * stage, phase);
-                if (lane == 0) barrier_arrive(full + 8 * stage);
-                if (++stage == STAGES) {
-                    stage = 0;
-                    phase ^= 1;
-                }
+                barrier_wait(empty + 8 * ring.stage, ring.phase);
+                if (lane % 32 == 0) barrier_arrive(full + 8 * ring.stage);
+                ring.next();
             }
     }
 }
@@ -303,23 +302,19 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
     float* const scales = reinterpret_cast<float*>(shared + STAGES * kStageBytes) + group * kTable;
     int* const pixels = reinterpret_cast<int*>(scales + kScaled * TOKENS);
     int* const images = pixels + TOKENS;
-    // Where this thread's words are: the copy engine swaps the halves of a sub-block in every other four rows.
-    const int my_weights = (group * 64 + row) * kWeightRow + ((row >> 2 & 1) << 4) + 2 * pair;
-    const int other_half = (row >> 2 & 1) ? -16 : 16;
+    // Where this thread's words are: rows of 64 or 128 bytes, whose pieces of 16 the copy engine has swapped.
+    int my_weights[2], turn[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        my_weights[i] = (group * 64 + row + 2 * i) * kWeightRow + 2 * pair;
+        turn[i] = (WEIGHT == 8 ? (row + 2 * i) & 7 : (row + 2 * i) >> 1 & 3) << 4;
+    }
     const int my_multipliers = STAGES * kStageBytes + 2 * kTable * 4 + 16 * STAGES + 4 * (group * 64 + row);
     float4* const partial = p.partial + static_cast<long long>(2 * blockIdx.x + group) * (kAccumulators / 4) * 128 + threadIdx.x % 128;
-    int stage = 0;
-    unsigned phase = 0;
+    Ring ring{0, 0};
     auto release = [&](int s) {
         if (lane == 0) barrier_arrive(empty + 8 * s);
     };
-    auto advance = [&] {
-        if (++stage == STAGES) {
-            stage = 0;
-            phase ^= 1;
-        }
-    };
-
     for (int index = blockIdx.x / SPLIT; index < p.tiles; index += gridDim.x / SPLIT) {
         const Tile tile(p, index);
         const int first_feature = tile.feature + group * 64;
@@ -329,19 +324,19 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
 
         if (first_feature >= p.features) {  // nothing of this warpgroup's is in the output: keep the pipeline going
             for (int segment = share.first_segment; segment < share.end_segment; ++segment) {
-                int subs, first, end;
-                share.stages(p, segment, subs, first, end);
+                int first, end;
+                share.stages(p, segment, first, end);
                 for (int i = first; i < end; ++i) {
-                    barrier_wait(full + 8 * stage, phase);
-                    release(stage);
-                    advance();
+                    barrier_wait(full + 8 * ring.stage, ring.phase);
+                    release(ring.stage);
+                    ring.next();
                 }
             }
             if (RANK && last)
                 for (int r = 0; r < p.rank; r += 64) {
-                    barrier_wait(full + 8 * stage, phase);
-                    release(stage);
-                    advance();
+                    barrier_wait(full + 8 * ring.stage, ring.phase);
+                    release(ring.stage);
+                    ring.next();
                 }
             if (SPLIT > 1) {
                 named_barrier(3, 256);
@@ -386,54 +381,50 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
             named_barrier(1 + group, 128);
         };
 
-        // The packed words of a stage, as soon as it is there; and a sub-block's fragments, unpacked from them.
-        unsigned words[2][2][2], multipliers[2];
+        // The packed words of a stage, as soon as it is there; and half a stage's fragments, unpacked from them.
+        unsigned words[4][2], multipliers[2];
+        auto word_at = [&](int stage, int i, int piece) {
+            return *reinterpret_cast<const unsigned*>(shared + stage * kStageBytes + my_weights[i] + ((16 * piece) ^ turn[i]));
+        };
         auto fetch = [&] {
-            barrier_wait(full + 8 * stage, phase);
-            const unsigned char* const at = shared + stage * kStageBytes + my_weights;
+            barrier_wait(full + 8 * ring.stage, ring.phase);
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 if (WEIGHT == 4)
-                    multipliers[i] = *reinterpret_cast<const unsigned*>(shared + my_multipliers + stage * kMultiplierBytes + 8 * i);
-                if (WEIGHT != 8) {
+                    multipliers[i] =
+                        *reinterpret_cast<const unsigned*>(shared + my_multipliers + ring.stage * kMultiplierBytes + 8 * i);
 #pragma unroll
-                    for (int sub = 0; sub < 2; ++sub) {
-                        words[sub][0][i] = *reinterpret_cast<const unsigned*>(at + sub * kSubBytes + 64 * i);
-                        words[sub][1][i] = *reinterpret_cast<const unsigned*>(at + other_half + sub * kSubBytes + 64 * i);
-                    }
-                }
+                for (int block = 0; WEIGHT != 8 && block < 4; ++block) words[block][i] = word_at(ring.stage, i, block);
             }
         };
-        auto unpack = [&](Fragments& a, int sub, const Walk& walk, int stage) {
+        auto unpack = [&](Fragments& a, int sub, int blocks, int stage) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const bool live = WEIGHT == 4 || half == 0 || walk.whole();
+                const int block = 2 * sub + half;
+                const bool live = WEIGHT == 4 || block < blocks;
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     unsigned lo, hi;
                     if (WEIGHT == 4) {
-                        unpack_s4(words[sub][half][i], __byte_perm(multipliers[i], 0, 0x4440 + 2 * sub + half), lo, hi);
+                        unpack_s4(words[block][i], __byte_perm(multipliers[i], 0, 0x4440 + block), lo, hi);
                     } else if (WEIGHT == 5) {
-                        unpack_codebook(words[sub][half][i], codebook[i], lo, hi);
+                        unpack_codebook(words[block][i], codebook[i], lo, hi);
                     } else {
-                        const int r = row + 2 * i, turn = (r >> 1 & 3) << 4;
-                        const unsigned char* const line =
-                            shared + stage * kStageBytes + sub * kSubBytes + (group * 64 + r) * 64 + 2 * pair;
-                        lo = *reinterpret_cast<const unsigned*>(line + ((32 * half) ^ turn));
-                        hi = *reinterpret_cast<const unsigned*>(line + ((32 * half + 16) ^ turn));
+                        lo = word_at(stage, i, 2 * block);
+                        hi = word_at(stage, i, 2 * block + 1);
                     }
                     a[half][i] = live ? lo : 0;
                     a[half][2 + i] = live ? hi : 0;
                 }
             }
         };
-        auto multiply = [&](Fragments& a, unsigned address, bool add) {
-            const unsigned long long desc = tile_descriptor(address + kWeightBytes);
+        auto multiply = [&](Fragments& a, int stage, int sub, bool add) {
+            const unsigned long long desc = tile_descriptor(stages + stage * kStageBytes + kWeightBytes) + 4 * sub;
 #pragma unroll
             for (int e = 0; e < 8; ++e) settled(a[e / 4][e % 4]);
             wgmma_fence();
-#pragma unroll
-            for (int half = 0; half < 2; ++half) wgmma_s8(acc, a[half], desc + 2 * half, add || half);
+            wgmma_s8(acc, a[0], desc, add);
+            wgmma_s8(acc, a[1], desc + 2, 1);
             wgmma_commit();
         };
 
@@ -447,39 +438,35 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
 
         bool add = false;
         for (int segment = share.first_segment; segment < share.end_segment; ++segment) {
-            int subs, first, end;
-            share.stages(p, segment, subs, first, end);
+            int first, end;
+            share.stages(p, segment, first, end);
             if (SEGMENTED) add = false;  // the one before is in float32 by now
-            Walk walk(p, segment, 2 * first);
+            Walk walk(p, segment, first);
             Fragments even, odd;
-            int before = stage;
+            int before = ring.stage;
             if (first < end) {
                 fetch();
-                unpack(even, 0, walk, stage);
-                walk.next(p);
+                unpack(even, 0, walk.here(), ring.stage);
             }
             for (int i = first; i < end; ++i) {
-                const bool both = 2 * i + 1 < subs, more = i + 1 < end;
-                multiply(even, stages + stage * kStageBytes, add);
+                const bool both = walk.here() > 2, more = i + 1 < end;
+                multiply(even, ring.stage, 0, add);
                 add = true;
                 wgmma_wait<1>();  // the odd half of the stage before: its fragments may be written again
                 if (i > first) release(before);
                 if (both) {
-                    unpack(odd, 1, walk, stage);
-                    walk.next(p);
-                    multiply(odd, stages + stage * kStageBytes + kSubBytes, true);
+                    unpack(odd, 1, walk.here(), ring.stage);
+                    multiply(odd, ring.stage, 1, true);
                 }
-                before = stage;
-                advance();
+                walk.next(p);
+                before = ring.stage;
+                ring.next();
                 if (more) fetch();
                 if (both)
                     wgmma_wait<1>();  // the even half
                 else
                     wgmma_wait<0>();
-                if (more) {
-                    unpack(even, 0, walk, stage);
-                    walk.next(p);
-                }
+                if (more) unpack(even, 0, walk.here(), ring.stage);
             }
             wgmma_wait<0>();
             if (first < end) release(before);
@@ -537,11 +524,11 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
 
         // Epilogue: float32, each step rounded on its own, one cast at the end; kChunk tokens at a time.
         if (!SEGMENTED && !(SPLIT > 1 && p.segments > 1)) share_tables();
-        const int low_stage = stage;
+        const int low_stage = ring.stage;
         if (RANK)
             for (int r = 0; r < p.rank; r += 64) {
-                barrier_wait(full + 8 * stage, phase);
-                advance();
+                barrier_wait(full + 8 * ring.stage, ring.phase);
+                ring.next();
             }
         float bias[2];
 #pragma unroll
@@ -597,8 +584,8 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                         const unsigned short* up = static_cast<const unsigned short*>(p.up) + static_cast<long long>(feature) * p.rank;
                         a[e / 4][e % 4] = k < p.rank ? __ldg(reinterpret_cast<const unsigned*>(up + k)) : 0;
                     }
-                    const unsigned sub = stages + at * kStageBytes + (r / 32 % 2) * kSubBytes + kWeightBytes;
-                    const unsigned long long desc = tile_descriptor(sub + chunk * kChunk * 64);
+                    const unsigned tile = stages + at * kStageBytes + kWeightBytes + chunk * kChunk * 128;
+                    const unsigned long long desc = tile_descriptor(tile) + r / 32 % 2 * 4;
 #pragma unroll
                     for (int e = 0; e < 8; ++e) settled(a[e / 4][e % 4]);
                     wgmma_fence();
@@ -672,24 +659,27 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
-            barrier_init(full + 8 * i, WEIGHT == 4 ? 2 : 1);
+            barrier_init(full + 8 * i, WEIGHT == 4 ? 4 : 2);  // the arrivals of the producers
             barrier_init(empty + 8 * i, 8);
         }
         barrier_init_visible();
     }
     __syncthreads();
 
+    wait_for_kernel_before();
+    let_next_kernel_in();
     if (warp >= 8) {
-        give_registers<56>();
-        if (threadIdx.x == 256) produce(p, stages, full, empty);
-        if (WEIGHT == 4 && warp == 9) produce_multipliers(p, empty + 8 * STAGES, full, empty);
+        give_registers<kProducerRegisters>();
+        if (threadIdx.x == 256) produce<false>(p, stages, full, empty);
+        if (threadIdx.x == 288) produce<true>(p, stages, full, empty);
+        if (WEIGHT == 4 && warp >= 10) produce_multipliers(p, empty + 8 * STAGES, full, empty);
         if (SPLIT > 1) {
             __syncwarp();
             cluster_sync();
             cluster_sync();
         }
     } else {
-        take_registers<224>();
+        take_registers<(512 - kProducerRegisters) / 2 / 8 * 8>();
         consume(p, shared, full, empty);
     }
 }

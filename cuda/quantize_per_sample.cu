@@ -6,8 +6,8 @@
 //
 // A block has a run of pixels of one sample: blockIdx.x = sample * runs + run.
 //
-// Channels last in, channels last out (TRANSPOSE = 0): a thread owns VALUES channels, whose factors it keeps in registers,
-// and every `lanes`-th pixel of the run, lanes = threads / columns:
+// Channels last in, channels last out (TRANSPOSE = 0): a thread owns VALUES channels, whose factors it keeps in
+// registers, and every `lanes`-th pixel of the run, lanes = threads / columns:
 //
 //            c 0..7     8..15      ...
 //   pixel 0  thread 0   1          ...  columns - 1           blockIdx.y: which `columns` chunks of the channels, where
@@ -22,6 +22,7 @@
 //
 // Macros: TYPE (dtype.cuh), TRANSPOSE, VALUES (8 or 1). A block has up to 256 threads; 128 with TRANSPOSE.
 #include "chunk.cuh"
+#include "dependent.cuh"
 
 constexpr int MAX_SEGMENTS = 8;
 constexpr int UNROLL = 4;  // loads of a thread that are under way at once
@@ -41,17 +42,23 @@ struct Params {
     int runs;                // of a sample
 };
 
-__device__ __forceinline__ float factor_of(const Params& p, int sample, int channel) {
-    if (channel >= p.channels) return 0.0f;
-    int segment = 0;
-    if (p.segments == p.channels) {
-        segment = channel;
-    } else {
-        while (channel >= p.ends[segment]) ++segment;
+// Of COUNT neighbouring channels; 0 beyond the last.
+template <int COUNT>
+__device__ __forceinline__ void load_channel_factors(float (&factor)[COUNT], const Params& p, int sample, int channel) {
+    const float* scale = p.scale + sample / p.samples_per_row * p.segments;
+    const bool each = p.segments == p.channels;
+    float step[COUNT];
+    int segment = each ? channel : 0;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        step[i] = 1.0f, factor[i] = 0.0f;
+        if (channel + i >= p.channels) continue;
+        while (channel + i >= (each ? segment + 1 : p.ends[segment])) ++segment;
+        step[i] = __ldg(scale + segment);
+        factor[i] = p.smooth == nullptr ? 1.0f : __ldg(p.smooth + channel + i);
     }
-    const float scale = __ldg(p.scale + sample / p.samples_per_row * p.segments + segment);
-    const float step = scale < 1e-30f ? 1e-30f : scale;
-    return __fdiv_rn(p.smooth == nullptr ? 1.0f : __ldg(p.smooth + channel), step);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) factor[i] = __fdiv_rn(factor[i], step[i] < 1e-30f ? 1e-30f : step[i]);
 }
 
 // The low byte is the code.
@@ -61,54 +68,77 @@ __device__ __forceinline__ unsigned clamped_code(float v, float factor) {
 
 #if !TRANSPOSE
 
-extern "C" __global__ void __launch_bounds__(256, 4) quantize_per_sample(const __grid_constant__ Params p) {
+#if VALUES == 8
+using Loaded = Chunk<TYPE>;
+#else
+using Loaded = float;
+#endif
+
+__device__ __forceinline__ void load_pixels(Loaded (&x)[UNROLL], const Params& p, long long start, int first, int lanes,
+                                            int end) {
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+        const int pixel = first + u * lanes;
+        const long long at = start + static_cast<long long>(pixel) * p.channels;
+#if VALUES == 8
+        x[u] = load_chunk<TYPE>(p.x, at, pixel < end);
+#else
+        x[u] = pixel < end ? load_float(p.x, TYPE, at) : 0.0f;
+#endif
+    }
+}
+
+__device__ __forceinline__ void store_codes(signed char* to, const Loaded& x, const float (&factor)[VALUES]) {
+#if VALUES == 8
+    float value[8];
+    unsigned code[8];
+    floats_of(x, value);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) code[i] = clamped_code(value[i], factor[i]);
+    *reinterpret_cast<uint2*>(to) = packed(code);
+#else
+    *to = static_cast<signed char>(clamped_code(x, factor[0]));
+#endif
+}
+
+constexpr int RESIDENT = TYPE == DTYPE_F32 ? 3 : 4;  // blocks of a multiprocessor, as far as registers go
+
+extern "C" __global__ void __launch_bounds__(256, RESIDENT) quantize_per_sample(const __grid_constant__ Params p) {
+    wait_for_kernel_before();
+    let_next_kernel_in();
     const int sample = blockIdx.x / p.runs, run = blockIdx.x % p.runs;
     const int lanes = blockDim.x / p.columns, lane = threadIdx.x / p.columns;
     const int channel = VALUES * (blockIdx.y * p.columns + threadIdx.x % p.columns);
     if (lane >= lanes || channel >= p.channels) return;
-    float factor[VALUES];
-#pragma unroll
-    for (int i = 0; i < VALUES; ++i) factor[i] = factor_of(p, sample, channel + i);
-
     const int end = min(p.pixels, (run + 1) * p.run);
     const long long start = static_cast<long long>(sample) * p.pixels * p.channels + channel;
-    for (int first = run * p.run + lane; first < end; first += UNROLL * lanes) {
-#if VALUES == 8
-        Chunk<TYPE> chunk[UNROLL];
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-            const int pixel = first + u * lanes;
-            chunk[u] = load_chunk<TYPE>(p.x, start + static_cast<long long>(pixel) * p.channels, pixel < end);
-        }
+    int first = run * p.run + lane;
+    Loaded x[UNROLL];
+    load_pixels(x, p, start, first, lanes, end);
+    float factor[VALUES];
+    load_channel_factors(factor, p, sample, channel);
+    while (first < end) {
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
             const int pixel = first + u * lanes;
             if (pixel >= end) break;
-            float value[8];
-            unsigned code[8];
-            floats_of(chunk[u], value);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) code[i] = clamped_code(value[i], factor[i]);
-            *reinterpret_cast<uint2*>(p.codes + start + static_cast<long long>(pixel) * p.channels) = packed(code);
+            store_codes(p.codes + start + static_cast<long long>(pixel) * p.channels, x[u], factor);
         }
-#else
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-            const long long at = start + static_cast<long long>(first + u * lanes) * p.channels;
-            if (first + u * lanes >= end) break;
-            p.codes[at] = static_cast<signed char>(clamped_code(load_float(p.x, TYPE, at), factor[0]));
-        }
-#endif
+        first += UNROLL * lanes;
+        load_pixels(x, p, start, first, lanes, end);
     }
 }
 
 #else
 
 constexpr int TILE = 64;
+constexpr int RESIDENT = VALUES == 8 ? 6 : 4;  // blocks of a multiprocessor, as far as registers go
 constexpr int STRIDE = TILE / 4 + 1;  // words of a pixel in shared memory
 constexpr int THREADS = TILE / 4 * (TILE / 8);
 
-extern "C" __global__ void __launch_bounds__(THREADS, VALUES == 8 ? 6 : 4) quantize_per_sample(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_per_sample(const __grid_constant__ Params p) {
+    wait_for_kernel_before();
+    let_next_kernel_in();
     __shared__ unsigned tile[TILE][STRIDE];
     const int sample = blockIdx.x / p.runs;
     const int first_pixel = TILE * (blockIdx.x % p.runs), first_channel = TILE * blockIdx.y;
@@ -138,8 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, VALUES == 8 ? 6 : 4) quant
     }
 #endif
     float factor[4];
-#pragma unroll
-    for (int c = 0; c < 4; ++c) factor[c] = factor_of(p, sample, channel + c);
+    load_channel_factors(factor, p, sample, channel);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         unsigned code[4];

@@ -13,6 +13,7 @@
 //
 // Macros: TYPE (dtype.cuh), LANES, VECTORS, THREADS (of a block, a multiple of LANES and of 32).
 #include "chunk.cuh"
+#include "dependent.cuh"
 #include "token_scale.cuh"
 
 struct Params {
@@ -46,6 +47,8 @@ __device__ __forceinline__ unsigned largest_of_row(unsigned bits) {
 #if VECTORS > 0
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_per_token(const __grid_constant__ Params p) {
+    wait_for_kernel_before();
+    let_next_kernel_in();
     const int row = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES;
     const int lane = threadIdx.x % LANES;
     const long long start = static_cast<long long>(row) * p.k;
@@ -86,6 +89,8 @@ __device__ __forceinline__ float smoothed(const Params& p, long long start, int 
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_per_token(const __grid_constant__ Params p) {
+    wait_for_kernel_before();
+    let_next_kernel_in();
     const int row = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES;
     const int lane = threadIdx.x % LANES;
     const long long start = static_cast<long long>(row) * p.k;

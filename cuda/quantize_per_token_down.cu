@@ -10,17 +10,18 @@
 //            slice of warp 0       slice of warp 1      ...
 //   row g    t=0 t=1 t=2 t=3       t=0 t=1 t=2 t=3            each t: 8 values, 16 bytes
 //
-// Those are two A fragments of mma m16n8k16 if k is renumbered, which a sum does not notice: words 0 and 1 are a thread's
-// share of the first product, words 2 and 3 of the second. Rows of `down` are read in the same pattern, so both operands
-// come straight from memory in 16-byte loads; `down` is every block's and stays in L1.
+// Those are two A fragments of mma m16n8k16 if k is renumbered, which a sum does not notice: words 0 and 1 are a
+// thread's share of the first product, words 2 and 3 of the second. Rows of `down` are read in the same pattern, so
+// both operands come straight from memory in 16-byte loads; `down` is every block's and stays in L1.
 //
-// The SLICES slices of a batch stay in registers. Up to WARPS * SLICES * 32 values a row there is one batch and x is read
-// once; longer rows are read again for the codes, last batch first, since that is what the L2 cache still has.
+// The SLICES slices of a batch stay in registers. Up to WARPS * SLICES * 32 values a row there is one batch and x is
+// read once; longer rows are read again for the codes, last batch first, since that is what the L2 cache still has.
 //
 // Shared memory: 2560 bytes a warp for sums on their way from the warps to one. sm_75 and later; bfloat16 from sm_80.
 //
 // Macros: TYPE (float16 or bfloat16), ROW_TILES, RANK_TILES (ceil(rank / 8)), WARPS, SLICES.
 #include "chunk.cuh"
+#include "dependent.cuh"
 #include "half_pairs.cuh"
 #include "token_scale.cuh"
 
@@ -28,8 +29,9 @@ constexpr int ROWS = 16 * ROW_TILES;
 constexpr int THREADS = 32 * WARPS;
 // Blocks of a multiprocessor, as far as registers go: half of them, 128, are enough for a thread with few sums.
 constexpr int RESIDENT = (ROW_TILES * RANK_TILES <= 4 ? 512 : 256) / THREADS;
-constexpr int COLUMNS = 32;       // of low that go through shared memory at once
-constexpr int SUM_STRIDE = 40;    // of its rows: 32 columns, and 8 that spread a quad's rows over the banks
+static_assert(RESIDENT > 0, "16 warps for up to 4 tiles, 8 for more");
+constexpr int COLUMNS = 32;     // of low that go through shared memory at once
+constexpr int SUM_STRIDE = 40;  // of its rows: 32 columns, and 8 that spread a quad's rows over the banks
 
 struct Params {
     const void* x;
@@ -74,8 +76,8 @@ __device__ __forceinline__ void reduce_batch(unsigned (&absmax)[ROW_TILES][2], f
 #pragma unroll
     for (int i = 0; i < SLICES; ++i) {
         const int at = column_of(index, i);
-        // A slice is a warp's, and k a whole number of slices: all lanes leave. Besides, the compiler then does not begin
-        // every slice's loads at once, for which there are no registers; other warps hide their latency.
+        // A slice is a warp's, and k a whole number of slices: all lanes leave. Besides, the compiler then does not
+        // begin every slice's loads at once, for which there are no registers; other warps hide their latency.
         if (at >= p.k) break;
         uint4 b[RANK_TILES];
 #pragma unroll
@@ -153,7 +155,10 @@ __device__ __forceinline__ void store_low(float (&shared)[WARPS][16][SUM_STRIDE]
     __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_per_token_down(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+    quantize_per_token_down(const __grid_constant__ Params p) {
+    wait_for_kernel_before();
+    let_next_kernel_in();
     __shared__ __align__(16) float shared[WARPS][16][SUM_STRIDE];
     __shared__ unsigned largest[WARPS][ROWS];
     __shared__ float factors[ROWS];

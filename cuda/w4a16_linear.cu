@@ -1,4 +1,5 @@
-// y = ((x * smooth) @ W.T) * scale + bias + low @ up.T for at most 16 rows of x and integer weights W that are read once.
+// y = ((x * smooth) @ W.T) * scale + bias + low @ up.T for at most 16 rows of x and integer weights W that are read
+// once.
 //
 //   x [rows, k], y [rows, n] of TYPE    smooth float32 [k] or null    scale float32 [n]    bias [n], up [n, rank],
 //   low [rows, rank] of any float type, or null    k a multiple of 32, any n
@@ -6,10 +7,10 @@
 //   WEIGHT 5: codes uint8 [n, k/2], codebook int8 [n, 16]: W = codebook[n, u]
 //   WEIGHT 8: codes int8 [n, k]: W = codes
 //
-// Few rows means that the time is that of reading W, so W goes from memory to registers to the tensor cores: integers up
-// to 127 are exact in half precision, and one fused multiply-add makes two of them of two nibbles. W is never rounded;
-// x * smooth is, once, to x's type (float32: split into three bfloat16, which hold all 24 bits between them). The
-// reference rounds W * smooth to x's type instead: they agree to that rounding.
+// Few rows means that the time is that of reading W, so W goes from memory to registers to the tensor cores: integers
+// up to 127 are exact in half precision, and one fused multiply-add makes two of them of two nibbles. W is never
+// rounded; x * smooth is, once, to x's type (float32: split into three bfloat16, which hold all 24 bits between them).
+// The reference rounds W * smooth to x's type instead: they agree to that rounding.
 //
 // A block computes tiles of 8 * TILES features, gridDim.x apart; its warps take turns at 128 values of k, a *step*.
 // x is the A operand of mma m16n8k16 (16 rows), W the B operand. In a step lane 4 g + t owns block t of 32 values:
@@ -24,8 +25,10 @@
 // Shared memory: dynamic rows * PARTS * (256 * steps + 64); static for the sums of the warps. The tiles alternate
 // between two such buffers, so one barrier a tile is enough. sm_75 and later for float16, sm_80 for the others.
 //
-// Macros: TYPE, WEIGHT, ROWS (8 or 16: what is computed), TILES, WARPS, UNROLL (steps whose loads are under way at once).
+// Macros: TYPE, WEIGHT, ROWS (8 or 16: what is computed), TILES, WARPS, UNROLL (steps whose loads are under way at
+// once).
 #include "chunk.cuh"
+#include "dependent.cuh"
 #include "unpack_half.cuh"
 
 constexpr int HALF = TYPE == DTYPE_F16 ? DTYPE_F16 : DTYPE_BF16;
@@ -210,6 +213,8 @@ __device__ __forceinline__ float low_rank(const Params& p, int row, int feature)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) w4a16_linear(const __grid_constant__ Params p) {
+    wait_for_kernel_before();
+    let_next_kernel_in();
     DYNAMIC_SHARED(shared);
     __shared__ __align__(16) float sums[2][WARPS][ROWS][FEATURES];
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, warp = threadIdx.x / 32;

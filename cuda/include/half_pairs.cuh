@@ -21,7 +21,8 @@ __device__ __forceinline__ unsigned pair_fma(unsigned a, unsigned b, unsigned c)
         const float x = float_of_bits(static_cast<unsigned short>(a >> shift), HALF);
         const float y = float_of_bits(static_cast<unsigned short>(b >> shift), HALF);
         const float z = float_of_bits(static_cast<unsigned short>(c >> shift), HALF);
-        result |= static_cast<unsigned>(bits_of_float(x * y + z, HALF)) << shift;  // exact in float32 for small integers
+        const float sum = x * y + z;  // exact for the small integers it is used for
+        result |= static_cast<unsigned>(bits_of_float(sum, HALF)) << shift;
     }
     return result;
 #else

@@ -84,9 +84,9 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// The descriptor of a K-major tile whose rows are 64 bytes, swizzled by 64 bytes: 8 rows are 512 bytes apart.
+// The descriptor of a K-major tile whose rows are 128 bytes, swizzled by 128 bytes: 8 rows are 1,024 bytes apart.
 __device__ __forceinline__ unsigned long long tile_descriptor(unsigned address) {
-    return (2ull << 62) | (32ull << 32) | (1ull << 16) | ((address & 0x3ffff) >> 4);
+    return (1ull << 62) | (64ull << 32) | (1ull << 16) | ((address & 0x3ffff) >> 4);
 }
 
 // An 8x8 block of 16-bit numbers, two a thread, transposed.

@@ -1,7 +1,7 @@
 // The dynamic scale of a token, from the largest magnitude of its row.
 //
-// Magnitudes are compared as integers: the bits of non-negative floats are in the floats' order, with infinity above all
-// numbers and NaN above infinity, so a row with NaN keeps it.
+// Magnitudes are compared as integers: the bits of non-negative floats are in the floats' order, with infinity above
+// all numbers and NaN above infinity, so a row with NaN keeps it.
 #pragma once
 
 __device__ __forceinline__ unsigned magnitude(float v) { return __float_as_uint(v) & 0x7fffffffu; }

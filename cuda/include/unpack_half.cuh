@@ -13,7 +13,8 @@ template <int HALF>
 constexpr unsigned PAIR_ONE = HALF == DTYPE_F16 ? 0x3c003c00u : 0x3f803f80u;
 
 // What turns the nibbles of a block into m * (u - 8), for the low and for the high ones of a byte:
-// (base + u) * m - (base + 8) * m. In float16 high nibbles are read in place: (base + 16 u) * (m / 16) - (base / 16 + 8) * m.
+// (base + u) * m - (base + 8) * m. In float16 high nibbles are read in place: (base + 16 u) * (m / 16) - (base / 16 +
+// 8) * m.
 template <int HALF>
 struct BlockMultiplier {
     unsigned low, low_offset, high, high_offset;

@@ -36,6 +36,27 @@ _INSTALL = (
 _Pointers = ctypes.c_void_p * 1
 
 
+class _Attribute(ctypes.Structure):
+    """The driver's CUlaunchAttribute: programmatic stream serialization, on."""
+
+    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15)]
+
+
+class _Config(ctypes.Structure):
+    """The driver's CUlaunchConfig."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint) for name in ("x", "y", "z", "threads", "threads_y", "threads_z", "shared_bytes")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
+_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_NOT_SET_UP = 201  # CUDA_ERROR_INVALID_CONTEXT
+
+
 class Kernel:
     """One compiled kernel, loaded on one device.
 
@@ -43,15 +64,19 @@ class Kernel:
         module: a cupy.RawModule that is loaded on the device; kept alive.
         name: of the entry point.
         device: its index.
-        launcher: the driver's cuLaunchKernel as CuPy wraps it.
+        overlaps: the kernel may be set up while the one before it on the stream runs: it waits itself
+            (cuda/include/dependent.cuh).
     """
 
-    def __init__(self, module: Any, name: str, device: int, launcher: Callable[..., None]) -> None:
-        self._module, self._launcher, self._device = module, launcher, device
+    def __init__(self, module: Any, name: str, device: int, overlaps: bool) -> None:
+        self._module, self._device, self._name = module, device, name
         self._function = module.get_function(name)
-        self._pointer = self._function.kernel.ptr
+        self._pointer = ctypes.c_void_p(self._function.kernel.ptr)
         self._shared_bytes = 48 * 1024  # what a block may have without asking
         self._lock = threading.Lock()
+        self._launch = _driver().cuLaunchKernelEx  # CuPy's own call takes no attributes
+        self._attribute = _Attribute(_SERIALIZATION, 0, 1)
+        self._attributes = (ctypes.pointer(self._attribute), 1) if overlaps else (None, 0)
 
     def launch(self, grid: tuple[int, int, int], threads: int, shared_bytes: int, params: ctypes.Structure) -> None:
         """Start the kernel on torch's current stream of its device, which must be the current one.
@@ -62,21 +87,22 @@ class Kernel:
             shared_bytes: dynamic shared memory of a block.
             params: the kernel's only parameter; its bytes are copied before this returns.
         """
-        x, y, z = grid
-        if not (x and y and z):
+        if not all(grid):
             return
         if shared_bytes > self._shared_bytes:
             self._allow(shared_bytes)
         stream = torch._C._cuda_getCurrentRawStream(self._device)
+        config = _Config(*grid, threads, 1, 1, shared_bytes, stream, *self._attributes)
         pointers = _Pointers(ctypes.addressof(params))
-        arguments = (self._pointer, x, y, z, threads, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0)
-        try:
-            self._launcher(*arguments)
-        except RuntimeError as error:
-            if "INVALID_CONTEXT" not in str(error):
-                raise
+        result = self._launch(ctypes.byref(config), self._pointer, pointers, None)
+        if result == _NOT_SET_UP:
             torch.cuda.set_device(self._device)  # a thread that has not used the device yet has no context
-            self._launcher(*arguments)
+            result = self._launch(ctypes.byref(config), self._pointer, pointers, None)
+        if result:
+            raise RuntimeError(
+                f"{self._name}: the driver refused to launch {grid} blocks of {threads} threads with {shared_bytes} bytes "
+                f"of shared memory (CUresult {result})"
+            )
 
     def _allow(self, shared_bytes: int) -> None:
         with self._lock:
@@ -152,18 +178,22 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-@lru_cache(maxsize=1)
 def tensor_map_encoder() -> Callable[..., int]:
     """The driver's cuTensorMapEncodeTiled (CUDA 12 and later), to be called with ctypes values; returns a CUresult."""
-    driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    encode: Callable[..., int] = driver.cuTensorMapEncodeTiled
+    encode: Callable[..., int] = _driver().cuTensorMapEncodeTiled
     return encode
+
+
+@lru_cache(maxsize=1)
+def _driver() -> Any:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
 def _load(device: int, source: str, defines: Defines) -> Kernel:
     cupy = _import_cupy()
     path = _compiled(cupy.cuda.nvrtc, source, defines, capability(torch.device("cuda", device)))
-    return Kernel(cupy.RawModule(path=str(path)), source, device, cupy.cuda.driver.launchKernel)
+    overlaps = capability(torch.device("cuda", device)) >= (9, 0)
+    return Kernel(cupy.RawModule(path=str(path)), source, device, overlaps)
 
 
 def _compiled(nvrtc: Any, source: str, defines: Defines, arch: tuple[int, int]) -> Path:

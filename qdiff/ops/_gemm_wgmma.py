@@ -106,7 +106,7 @@ class _Plan(NamedTuple):
 
 
 _POINTERS = struct.Struct("10Q")
-_INTEGERS = struct.Struct("30i")
+_INTEGERS = struct.Struct("30i56x")  # to a multiple of 64 bytes, as the tensor maps make the struct
 _NO_MAP = bytes(128)
 
 
@@ -136,7 +136,7 @@ def _plan(
     extras: bool,
 ) -> _Plan:
     box = _box(tile.tokens, images, height, width, stride)
-    tiles_w, tiles_h, tiles_b = -(-width // box[0]), -(-height // box[1]), -(-images // box[2])
+    tiles_w, tiles_h, tiles_b = (-(-size // part) for size, part in zip((width, height, images), box))
     feature_tiles = -(-features // 128)
     tiles = tiles_w * tiles_h * tiles_b * feature_tiles
     linear = images == 1 and height == 1
@@ -177,6 +177,8 @@ def _box(tokens: int, images: int, height: int, width: int, stride: tuple[int, i
         for h in range(min(tokens // w, 256 // stride[0]), 0, -1)
         if tokens % (w * h) == 0 and w * h % 8 == 0
     ]
+    if images == 1 and height == 1:  # tokens of a linear layer are in a row
+        return boxes[0]
     return min(boxes, key=lambda box: -(-width // box[0]) * -(-height // box[1]) * -(-images // box[2]))
 
 
@@ -216,24 +218,20 @@ def launch(problem: Problem, out: Tensor, tile: Tile) -> None:
     )
     (w, h, b), c = plan.box, p.C
     weight_bytes = p.codes.shape[1]
-    weight_map = (
-        _map(p.codes.data_ptr(), 0, (weight_bytes, n), (weight_bytes,), (64, 128), (1, 1), 2)
-        if p.weight_kind == 8
-        else _map(p.codes.data_ptr(), 0, (weight_bytes, n), (weight_bytes,), (32, 128), (1, 1), 1)
-    )
+    row, swizzle = (128, 3) if p.weight_kind == 8 else (64, 2)
+    weight_map = _map(p.codes.data_ptr(), (weight_bytes, n), (weight_bytes,), (row, 128), (1, 1), swizzle)
     input_map = _map(
         x.data_ptr(),
-        0,
         (c, p.W, p.H, p.B),
         (c, c * p.W, c * p.W * p.H),
-        (64, w * p.stride[1], h * p.stride[0], b),
+        (128, w * p.stride[1], h * p.stride[0], b),
         (1, p.stride[1], p.stride[0], 1),
-        2,
+        3,
     )
     low_map = _NO_MAP
     if rank:
         r = 2 * rank
-        low_map = _map(p.x_low.data_ptr(), 0, (r, p.OW, 1, 1), (r, r * p.OW, r * p.OW), (64, w, 1, 1), (1, 1, 1, 1), 2)
+        low_map = _map(p.x_low.data_ptr(), (r, p.OW, 1, 1), (r, r * p.OW, r * p.OW), (128, w, 1, 1), (1, 1, 1, 1), 3)
     # Sums of the segments that are done, in float32: what does not fit the registers beside the accumulators.
     partial = torch.empty(plan.partial, dtype=torch.uint8, device=x.device) if plan.partial else None
     pointers = _POINTERS.pack(
@@ -253,7 +251,6 @@ _maps: dict[tuple, bytes] = {}
 
 def _map(
     address: int,
-    dtype: int,
     sizes: tuple[int, ...],
     strides: tuple[int, ...],
     box: tuple[int, ...],
@@ -263,7 +260,7 @@ def _map(
     """A tensor map of the copy engine. It says where and how to read and holds nothing else, so one that was made for
     an address and a shape stays right for them; the caching allocator hands out the same addresses again and again.
     """
-    key = (address, dtype, sizes, strides, box, steps, swizzle)
+    key = (address, sizes, strides, box, steps, swizzle)
     found = _maps.get(key)
     if found is None:
         if len(_maps) >= _MAX_MAPS:
@@ -274,7 +271,6 @@ def _map(
 
 def _encode(
     address: int,
-    dtype: int,
     sizes: tuple[int, ...],
     strides: tuple[int, ...],
     box: tuple[int, ...],
@@ -286,7 +282,7 @@ def _encode(
     at = (ctypes.addressof(room) + 63) // 64 * 64
     result = _cupy.tensor_map_encoder()(
         ctypes.c_void_p(at),
-        dtype,  # 0: bytes, 1: 16-bit
+        0,  # bytes
         rank,
         ctypes.c_void_p(address),
         (ctypes.c_uint64 * rank)(*sizes),
@@ -294,7 +290,7 @@ def _encode(
         (ctypes.c_uint32 * rank)(*box),
         (ctypes.c_uint32 * rank)(*steps),
         0,  # not interleaved
-        swizzle,  # 1, 2, 3: 32, 64, 128 bytes
+        swizzle,  # 2, 3: 64, 128 bytes
         2,  # fetch 128 bytes at a time into L2
         0,  # zeros outside
     )

@@ -136,8 +136,8 @@ def _quantize_samples(
 @lru_cache(maxsize=4096)
 def _token_plan(dtype: int, rows: int, k: int, vectors_fit: bool, multiprocessors: int) -> _Plan:
     chunks = k // 8
-    # Six loads of 16 bytes a thread hide the memory's latency; where there is not that much work, one or two each.
-    most = 6 if rows * chunks > 2 * _THREADS * multiprocessors else 2
+    # Five or six chunks a thread hide the memory's latency; where there is not that much work, one or two each.
+    most = (6 if dtype else 5) if rows * chunks > 2 * _THREADS * multiprocessors else 2
     lanes = 8
     while lanes * most < chunks and lanes < 512:
         lanes *= 2
@@ -153,11 +153,11 @@ def _token_plan(dtype: int, rows: int, k: int, vectors_fit: bool, multiprocessor
 def _token_down_plan(dtype: int, rows: int, k: int, rank: int, multiprocessors: int) -> _Plan:
     rank_tiles, total = _ceil(rank, 8), k // 32
     # What a thread keeps of x and of the sums has to fit its registers.
-    most = 6 if rank_tiles <= 4 else 4
+    most, widest = (6, 16) if rank_tiles <= 4 else (4 if rank_tiles <= 8 else 2, 8)
     if rows <= 16 * multiprocessors:
         most //= 2  # one wave of blocks: only their own time counts
     warps = 1
-    while warps * most < total and warps < 16:
+    while warps * most < total and warps < widest:
         warps *= 2
     batches = _ceil(total, warps * most)
     slices = _ceil(total, warps * batches)

@@ -9,7 +9,7 @@ import torch
 
 from qdiff.ops import _cupy, _quantize_cuda, quantize_per_sample, quantize_per_token
 
-DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+# Each kernel variant costs two seconds of g++: the cases are chosen to need few.
 
 
 @pytest.fixture(autouse=True)
@@ -43,27 +43,29 @@ def vector(k):
 def assert_token_equal(x, smooth):
     codes, scale, low = _quantize_cuda.quantize_per_token(x, smooth, None)
     expected = quantize_per_token(x, smooth, None)
-    assert torch.equal(scale, expected[0 + 1])
+    assert torch.equal(scale, expected[1])
     assert torch.equal(codes, expected[0])
     assert codes.is_contiguous()
     assert low.shape == (*x.shape[:-1], 0)
     assert low.dtype == x.dtype
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("smoothed", [False, True])
 @pytest.mark.parametrize(
-    "shape",
-    [(7, 32), (2, 3, 40), (33, 320), (9, 1280), (6, 2568), (300, 640), (7, 33), (8, 1100)],
+    ("shape", "dtype"),
+    [
+        ((7, 40), torch.float16),
+        ((2, 150, 640), torch.float16),  # many rows: several chunks a thread
+        ((6, 2568), torch.bfloat16),  # several warps a row
+        ((33, 24), torch.float32),
+        ((7, 33), torch.float16),  # value by value
+        ((8, 1100), torch.float16),
+        ((6, 32768), torch.bfloat16),
+    ],
     ids=str,
 )
 def test_per_token(dtype, smoothed, shape):
     assert_token_equal(rows(shape, dtype), vector(shape[-1]) if smoothed else None)
-
-
-@pytest.mark.parametrize("k", [12288, 32768, 32776])
-def test_per_token_of_long_rows(k):
-    assert_token_equal(rows((6, k), torch.bfloat16), vector(k))
 
 
 @pytest.mark.parametrize("magnitude", [1e-45, 1e-38, 1e-30, 1e-20, 3e38])
@@ -74,9 +76,8 @@ def test_per_token_of_extreme_magnitudes(magnitude):
 def test_per_token_keeps_what_is_not_finite_visible():
     x = torch.ones(4, 64)
     x[0, 5], x[1, 6], x[3, 7] = float("nan"), float("inf"), float("-inf")
-    for rank in (None, 8):
-        down = None if rank is None else torch.ones(rank, 64)
-        _, scale, _ = _quantize_cuda.quantize_per_token(x.half() if rank else x, None, down)
+    for values, down in ((x[:, :24], None), (x.half(), torch.ones(32, 64))):
+        _, scale, _ = _quantize_cuda.quantize_per_token(values, None, down)
         assert torch.isnan(scale).tolist() == [True, False, False, False]
         assert torch.isinf(scale).tolist() == [False, True, False, True]
 
@@ -88,11 +89,16 @@ def test_per_token_of_strides_and_addresses_that_vectors_do_not_fit():
     assert_token_equal(x[0, 0], vector(65)[1:])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("smoothed", [False, True])
 @pytest.mark.parametrize(
-    ("shape", "rank"),
-    [((17, 32), 8), ((2, 24, 320), 32), ((40, 640), 32), ((5, 1280), 13), ((50, 96), 128), ((9, 48), 4)],
+    ("shape", "dtype", "rank"),
+    [
+        ((2, 24, 64), torch.float16, 32),
+        ((17, 1280), torch.bfloat16, 13),
+        ((5, 96), torch.float16, 128),
+        ((3, 40), torch.float16, 4),  # K that takes two launches
+        ((3, 24), torch.float32, 8),
+    ],
     ids=str,
 )
 def test_per_token_with_a_low_rank_branch(dtype, smoothed, shape, rank):
@@ -103,7 +109,7 @@ def test_per_token_with_a_low_rank_branch(dtype, smoothed, shape, rank):
     assert torch.equal(codes, expected[0])
     assert torch.equal(scale, expected[1])
     assert low.dtype == dtype
-    # The two orders of summation differ by 2^-20 of the sum of magnitudes; rounding to the dtype may then go either way.
+    # Two orders of summation differ by 2^-20 of the sum of magnitudes; rounding to the dtype may then go either way.
     v = (x if smooth is None else (x * smooth).to(dtype)).double()
     exact, magnitudes = v @ down.to(dtype).double().T, v.abs() @ down.to(dtype).double().abs().T
     slack = magnitudes * 2**-20 + exact.abs() * torch.finfo(dtype).eps + torch.finfo(dtype).tiny
@@ -129,21 +135,19 @@ def assert_sample_equal(x, scale, smooth, segments, channel_dim):
     assert codes.stride() == expected.stride()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize(
-    ("shape", "segments", "scale_rows"),
+    ("shape", "dtype", "segments", "scale_rows"),
     [
-        ((4, 64, 8, 8), (64,), 1),
-        ((2, 112, 16, 9), (48, 64), 2),
-        ((2, 320, 5, 5), (320,), 1),
-        ((2, 33, 7, 3), (12, 21), 2),
-        ((1, 24, 70, 4), (2, 4, 6, 12), 1),
-        ((2, 2560, 2, 4), (1280, 1280), 2),
-        ((2, 4, 1, 1), (4,), 2),
-        ((3, 1, 5, 6), (1,), 1),
-        ((1, 10, 4, 4), (1,) * 10, 1),
-        ((1, 12, 4, 4), (1,) * 9 + (3,), 1),
+        ((4, 64, 8, 8), torch.float16, (64,), 1),
+        ((2, 112, 16, 9), torch.float32, (48, 64), 2),
+        ((2, 320, 5, 5), torch.float16, (320,), 1),
+        ((2, 33, 7, 3), torch.float16, (12, 21), 2),
+        ((2, 2560, 2, 4), torch.float16, (1280, 1280), 2),
+        ((2, 4, 1, 1), torch.float16, (4,), 2),
+        ((3, 1, 5, 6), torch.float16, (1,), 1),
+        ((1, 10, 4, 4), torch.float16, (1,) * 10, 1),
+        ((1, 12, 4, 4), torch.float16, (1,) * 9 + (3,), 1),
     ],
     ids=str,
 )
@@ -155,10 +159,16 @@ def test_per_sample_of_images(dtype, order, shape, segments, scale_rows):
         assert_sample_equal(x, scale, smooth, segments, 1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("shape", "channel_dim", "scale_rows"),
-    [((6, 77, 64), -1, 2), ((4, 33), 1, 4), ((2, 3, 5, 40), 3, 1), ((300, 128), -1, 1), ((2, 16, 6), 1, 2), ((0, 8), 1, 0)],
+    ("shape", "dtype", "channel_dim", "scale_rows"),
+    [
+        ((6, 77, 64), torch.bfloat16, -1, 2),
+        ((4, 33), torch.float16, 1, 4),
+        ((2, 3, 5, 40), torch.bfloat16, 3, 1),
+        ((300, 128), torch.float16, -1, 1),
+        ((2, 16, 6), torch.float16, 1, 2),
+        ((0, 8), torch.float16, 1, 0),
+    ],
     ids=str,
 )
 def test_per_sample_of_other_tensors(dtype, shape, channel_dim, scale_rows):

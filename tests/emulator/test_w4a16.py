@@ -45,13 +45,10 @@ def weight(kind, n, k, generator):
     ("kind", "dtype", "rows", "n", "k"),
     [
         ("two-level", torch.float16, (1,), 40, 32),
-        ("two-level", torch.float16, (2, 4), 200, 1280),
-        ("two-level", torch.float16, (2,), 77, 1056),
+        ("two-level", torch.float16, (2, 4), 200, 1280),  # two tiles at once, three tiles a block
         ("two-level", torch.bfloat16, (16,), 77, 1056),
         ("two-level", torch.float32, (3,), 77, 1056),
         ("codebook", torch.float16, (2,), 77, 1056),
-        ("codebook", torch.bfloat16, (16,), 77, 1056),
-        ("int8", torch.float16, (2,), 77, 1056),
         ("int8", torch.bfloat16, (16,), 77, 1056),
     ],
 )

@@ -59,17 +59,20 @@ class FakeCupy(types.ModuleType):
         self.launches, self.failures, self.RawModule = [], [], lambda *, path: FakeModule(path)
         self.cuda = types.SimpleNamespace(
             nvrtc=FakeNvrtc(),
-            driver=types.SimpleNamespace(launchKernel=self.launch),
             runtime=types.SimpleNamespace(getDeviceCount=lambda: 1),
             get_cuda_path=lambda: None,
         )
 
-    def launch(self, *arguments):
+    def cuLaunchKernelEx(self, config, function, pointers, extra):  # noqa: N802
+        """The driver's launch, which CuPy does not have."""
         if self.failures:
-            raise RuntimeError(self.failures.pop())
-        pointers = ctypes.cast(arguments[9], ctypes.POINTER(ctypes.c_void_p))
+            return self.failures.pop()
+        c = config._obj
         params = ctypes.cast(pointers[0], ctypes.POINTER(Params)).contents
-        self.launches.append((*arguments[:9], params.pointer, params.rows, arguments[10]))
+        shape = (c.x, c.y, c.z, c.threads, c.threads_y, c.threads_z, c.shared_bytes, c.stream)
+        attributes = [(c.attributes[i].id, c.attributes[i].value) for i in range(c.count)]
+        self.launches.append((function.value, *shape, params.pointer, params.rows, attributes))
+        return 0
 
 
 @pytest.fixture
@@ -85,6 +88,7 @@ def cuda(tmp_path, monkeypatch):
     cupy.cuda.get_cuda_path = lambda: str(headers.parent)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(_cupy, "_driver", lambda: cupy)
     monkeypatch.setattr(_cupy, "cuda_source_dir", lambda: sources)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -178,7 +182,13 @@ def test_a_folder_that_cannot_be_written_is_replaced_by_one_that_can(cuda, tmp_p
 def test_a_launch_hands_over_the_parameters_bytes_and_torchs_stream(cuda):
     kernel = _cupy.kernel("add")
     kernel.launch((5, 6, 7), 128, 1024, Params(1 << 40, 9))
-    assert cuda.cupy.launches == [(4242, 5, 6, 7, 128, 1, 1, 1024, 77, 1 << 40, 9, 0)]
+    assert cuda.cupy.launches == [(4242, 5, 6, 7, 128, 1, 1, 1024, 77, 1 << 40, 9, [(6, 1)])]
+
+
+def test_only_where_the_device_can_a_kernel_overlaps_the_one_before(cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    _cupy.kernel("add").launch((1, 1, 1), 32, 0, Params())
+    assert cuda.cupy.launches[0][-1] == []
 
 
 def test_nothing_to_do_is_not_launched(cuda):
@@ -200,12 +210,12 @@ def test_more_shared_memory_is_asked_for_once(cuda):
 def test_a_thread_without_a_context_gets_one(cuda, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    cuda.cupy.failures = ["CUDA_ERROR_INVALID_CONTEXT: invalid device context"]
+    cuda.cupy.failures = [201]
     _cupy.kernel("add").launch((1, 1, 1), 32, 0, Params())
     assert chosen == [0]
     assert len(cuda.cupy.launches) == 1
-    cuda.cupy.failures = ["CUDA_ERROR_INVALID_VALUE"]
-    with pytest.raises(RuntimeError, match="INVALID_VALUE"):
+    cuda.cupy.failures = [1]
+    with pytest.raises(RuntimeError, match=r"CUresult 1\)"):
         _cupy.kernel("add").launch((1, 1, 1), 32, 0, Params())
 
 

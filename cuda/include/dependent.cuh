@@ -1,0 +1,16 @@
+// Programmatic dependent launch (sm_90 and later): a kernel may be set up while the one before it on the stream still
+// runs. Every kernel of this folder waits before its first access to global memory, and lets the next one in once it has
+// nothing left to set up.
+#pragma once
+
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if !defined(QDIFF_EMULATE) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_kernel_in() {
+#if !defined(QDIFF_EMULATE) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
