@@ -21,6 +21,7 @@
 
 #include "dependent.cuh"
 #include "dtype.cuh"
+#include "ptx.cuh"
 #include "sm90.cuh"
 #include "unpack.cuh"
 #include "wgmma.cuh"
@@ -274,9 +275,6 @@ __device__ __forceinline__ float input_scale(const Params& p, const Tile& tile, 
     return __ldg(p.input_scale + item * p.segments + position / TOKENS);
 }
 
-// The A fragments of a sub-block: [half of 32][register].
-typedef unsigned Fragments[2][4];
-
 __device__ __forceinline__ float to_float(unsigned accumulator) { return static_cast<float>(static_cast<int>(accumulator)); }
 
 __device__ __forceinline__ float4 add4(const float4& a, const float4& b) {
@@ -285,12 +283,7 @@ __device__ __forceinline__ float4 add4(const float4& a, const float4& b) {
 
 // Two results in 16 bits each, the first in the low ones.
 __device__ __forceinline__ unsigned pack2(float low, float high) {
-    unsigned v;
-    if (OUT == 1)
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-    else
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-    return v;
+    return OUT == 1 ? pack_f16x2(low, high) : pack_bf16x2(low, high);
 }
 
 __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, unsigned full, unsigned empty) {
@@ -351,7 +344,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
         unsigned bias_bits[2];
         unsigned codebook[2][4];
 #pragma unroll
-        for (int i = 0; i < kScales; ++i) token_scale[i] = input_scale(p, tile, threadIdx.x % 128 + 128 * i);
+        for (int i = 0; i < kScales; ++i) token_scale[i] = input_scale(p, tile, min(threadIdx.x % 128 + 128 * i, TOKENS - 1));
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int feature = min(first_feature + row + 2 * i, p.features - 1);
@@ -365,6 +358,18 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 codebook[i][0] = entries.x, codebook[i][1] = entries.y, codebook[i][2] = entries.z, codebook[i][3] = entries.w;
             }
         }
+        // The A fragments of 32 ranks of the up-projection: the first ones are asked for before they are needed.
+        unsigned up[2][4];
+        auto read_up = [&](int r) {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {  // e = 4 half + register, as of 16-bit numbers
+                const int feature = min(first_feature + row + 2 * (e % 2), p.features - 1);
+                const int k = r + 16 * (e / 4) + 8 * (e / 2 % 2) + pair;
+                const unsigned short* const at = static_cast<const unsigned short*>(p.up) + static_cast<long long>(feature) * p.rank;
+                up[e / 4][e % 4] = k < p.rank ? __ldg(reinterpret_cast<const unsigned*>(at + k)) : 0;
+            }
+        };
+        if (RANK) read_up(0);
         auto share_tables = [&] {  // with the whole warpgroup, once its threads have read the last tile's
             named_barrier(1 + group, 128);
 #pragma unroll
@@ -381,7 +386,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
             named_barrier(1 + group, 128);
         };
 
-        // The packed words of a stage, as soon as it is there; and half a stage's fragments, unpacked from them.
+        // The packed words of a stage, as soon as it is there; and the A fragments of a block of 32, unpacked from them.
         unsigned words[4][2], multipliers[2];
         auto word_at = [&](int stage, int i, int piece) {
             return *reinterpret_cast<const unsigned*>(shared + stage * kStageBytes + my_weights[i] + ((16 * piece) ^ turn[i]));
@@ -397,35 +402,23 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 for (int block = 0; WEIGHT != 8 && block < 4; ++block) words[block][i] = word_at(ring.stage, i, block);
             }
         };
-        auto unpack = [&](Fragments& a, int sub, int blocks, int stage) {
+        unsigned fragments[4][4];
+        auto unpack = [&](int block, int blocks, int stage) {
+            const bool live = WEIGHT == 4 || block < blocks;
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int block = 2 * sub + half;
-                const bool live = WEIGHT == 4 || block < blocks;
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    unsigned lo, hi;
-                    if (WEIGHT == 4) {
-                        unpack_s4(words[block][i], __byte_perm(multipliers[i], 0, 0x4440 + block), lo, hi);
-                    } else if (WEIGHT == 5) {
-                        unpack_codebook(words[block][i], codebook[i], lo, hi);
-                    } else {
-                        lo = word_at(stage, i, 2 * block);
-                        hi = word_at(stage, i, 2 * block + 1);
-                    }
-                    a[half][i] = live ? lo : 0;
-                    a[half][2 + i] = live ? hi : 0;
+            for (int i = 0; i < 2; ++i) {
+                unsigned lo, hi;
+                if (WEIGHT == 4) {
+                    unpack_s4(words[block][i], __byte_perm(multipliers[i], 0, 0x4440 + block), lo, hi);
+                } else if (WEIGHT == 5) {
+                    unpack_codebook(words[block][i], codebook[i], lo, hi);
+                } else {
+                    lo = word_at(stage, i, 2 * block);
+                    hi = word_at(stage, i, 2 * block + 1);
                 }
+                fragments[block][i] = live ? lo : 0;
+                fragments[block][2 + i] = live ? hi : 0;
             }
-        };
-        auto multiply = [&](Fragments& a, int stage, int sub, bool add) {
-            const unsigned long long desc = tile_descriptor(stages + stage * kStageBytes + kWeightBytes) + 4 * sub;
-#pragma unroll
-            for (int e = 0; e < 8; ++e) settled(a[e / 4][e % 4]);
-            wgmma_fence();
-            wgmma_s8(acc, a[0], desc, add);
-            wgmma_s8(acc, a[1], desc + 2, 1);
-            wgmma_commit();
         };
 
         // Four accumulators times their tokens' scales.
@@ -442,31 +435,29 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
             share.stages(p, segment, first, end);
             if (SEGMENTED) add = false;  // the one before is in float32 by now
             Walk walk(p, segment, first);
-            Fragments even, odd;
+            // Four products are under way at a time, one of each block: a block's fragments are unpacked as soon as the
+            // product of the same block of the stage before is done. Blocks past the end of a tap are zeros: a branch around
+            // them would make the compiler wait for every product.
             int before = ring.stage;
-            if (first < end) {
-                fetch();
-                unpack(even, 0, walk.here(), ring.stage);
-            }
             for (int i = first; i < end; ++i) {
-                const bool both = walk.here() > 2, more = i + 1 < end;
-                multiply(even, ring.stage, 0, add);
-                add = true;
-                wgmma_wait<1>();  // the odd half of the stage before: its fragments may be written again
-                if (i > first) release(before);
-                if (both) {
-                    unpack(odd, 1, walk.here(), ring.stage);
-                    multiply(odd, ring.stage, 1, true);
+                fetch();
+                const int blocks = walk.here();
+                const unsigned long long desc = tile_descriptor(stages + ring.stage * kStageBytes + kWeightBytes);
+#pragma unroll
+                for (int block = 0; block < 4; ++block) {
+                    wgmma_wait<3>();
+                    unpack(block, blocks, ring.stage);
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) settled(fragments[block][e]);
+                    wgmma_fence();
+                    wgmma_s8(acc, fragments[block], desc + 2 * block, add || block > 0);
+                    wgmma_commit();
                 }
-                walk.next(p);
+                add = true;
+                if (i > first) release(before);
                 before = ring.stage;
                 ring.next();
-                if (more) fetch();
-                if (both)
-                    wgmma_wait<1>();  // the even half
-                else
-                    wgmma_wait<0>();
-                if (more) unpack(even, 0, walk.here(), ring.stage);
+                walk.next(p);
             }
             wgmma_wait<0>();
             if (first < end) release(before);
@@ -573,35 +564,28 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 }
             }
             if (RANK) {
-                float low[kValues];
+                float low[kValues / 4][4] = {};
                 int at = low_stage;
                 for (int r = 0; r < p.rank; r += 32) {
-                    unsigned a[2][4];
+                    if (p.rank > 32) read_up(r);
+                    const unsigned char* const rows = shared + at * kStageBytes + kWeightBytes;
 #pragma unroll
-                    for (int e = 0; e < 8; ++e) {  // e = 4 half + register, as an A fragment of 16-bit numbers
-                        const int feature = min(first_feature + row + 2 * (e % 2), p.features - 1);
-                        const int k = r + 16 * (e / 4) + 8 * (e / 2 % 2) + pair;
-                        const unsigned short* up = static_cast<const unsigned short*>(p.up) + static_cast<long long>(feature) * p.rank;
-                        a[e / 4][e % 4] = k < p.rank ? __ldg(reinterpret_cast<const unsigned*>(up + k)) : 0;
+                    for (int j = 0; j < kValues / 4; ++j) {  // eight tokens, whose pieces of 16 bytes are swapped
+                        unsigned b[4];
+                        const int token = chunk * kChunk + 8 * j + lane % 8, piece = r / 8 % 8 + lane / 8;
+                        ldmatrix_x4(b, rows + token * 128 + ((piece ^ lane % 8) << 4));
+                        if (p.low_is_bf16) {
+                            mma_bf16(low[j], up[0], b[0], b[1]);
+                            mma_bf16(low[j], up[1], b[2], b[3]);
+                        } else {
+                            mma_f16(low[j], up[0], b[0], b[1]);
+                            mma_f16(low[j], up[1], b[2], b[3]);
+                        }
                     }
-                    const unsigned tile = stages + at * kStageBytes + kWeightBytes + chunk * kChunk * 128;
-                    const unsigned long long desc = tile_descriptor(tile) + r / 32 % 2 * 4;
-#pragma unroll
-                    for (int e = 0; e < 8; ++e) settled(a[e / 4][e % 4]);
-                    wgmma_fence();
-                    if (p.low_is_bf16) {
-                        wgmma_bf16(low, a[0], desc, r > 0);
-                        wgmma_bf16(low, a[1], desc + 2, 1);
-                    } else {
-                        wgmma_f16(low, a[0], desc, r > 0);
-                        wgmma_f16(low, a[1], desc + 2, 1);
-                    }
-                    wgmma_commit();
-                    wgmma_wait<0>();
                     if (r / 32 % 2 == 1 && ++at == STAGES) at = 0;
                 }
 #pragma unroll
-                for (int j = 0; j < kValues; ++j) v[j] = __fadd_rn(v[j], low[j]);
+                for (int j = 0; j < kValues; ++j) v[j] = __fadd_rn(v[j], low[j / 4][j % 4]);
             }
             if (ELEMENTS) {
 #pragma unroll
@@ -652,7 +636,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     __cluster_dims__(SPLIT, 1, 1)
 #endif
         gemm_wgmma(const __grid_constant__ Params p) {
-    extern __shared__ __align__(1024) unsigned char shared[];
+    SWIZZLED_SHARED(shared);
     const unsigned stages = shared_address(shared);
     const unsigned full = stages + STAGES * kStageBytes + 2 * kTable * 4, empty = full + 8 * STAGES;
     const int warp = threadIdx.x / 32;

@@ -79,13 +79,6 @@ __device__ __forceinline__ void reduce_batch(unsigned (&absmax)[ROW_TILES][2], f
         // A slice is a warp's, and k a whole number of slices: all lanes leave. Besides, the compiler then does not
         // begin every slice's loads at once, for which there are no registers; other warps hide their latency.
         if (at >= p.k) break;
-        uint4 b[RANK_TILES];
-#pragma unroll
-        for (int n = 0; n < RANK_TILES; ++n) {
-            const int line = 8 * n + threadIdx.x % 32 / 4;
-            b[n] = make_uint4(0, 0, 0, 0);
-            if (line < p.rank) b[n] = __ldg(reinterpret_cast<const uint4*>(down + line * p.k + at));
-        }
         float smooth[8];
         load_factors(smooth, p.smooth, at, true);
         unsigned a[ROW_TILES][2][4];
@@ -98,6 +91,13 @@ __device__ __forceinline__ void reduce_batch(unsigned (&absmax)[ROW_TILES][2], f
             for (int j = 0; j < 8; ++j) absmax[r / 2][r % 2] = larger(absmax[r / 2][r % 2], magnitude(value[j]));
 #pragma unroll
             for (int j = 0; j < 4; ++j) a[r / 2][r % 2][j] = pair_of<TYPE>(value[2 * j], value[2 * j + 1]);
+        }
+        uint4 b[RANK_TILES];
+#pragma unroll
+        for (int n = 0; n < RANK_TILES; ++n) {
+            const int line = 8 * n + threadIdx.x % 32 / 4;
+            b[n] = make_uint4(0, 0, 0, 0);
+            if (line < p.rank) b[n] = __ldg(reinterpret_cast<const uint4*>(down + line * p.k + at));
         }
 #pragma unroll
         for (int n = 0; n < RANK_TILES; ++n) {

@@ -94,7 +94,7 @@ class WeightSpec:
     """The grid of a weight: bits, weights per group (-1: a segment's channels of one tap), and what shares a scale."""
 
     bits: int = 4
-    group_size: int = 64
+    group_size: int = 32
     granularity: str = "group"
 
     def __post_init__(self) -> None:

@@ -73,7 +73,7 @@ def test_default_recipe_keeps_first_and_last_layers():
 
 def test_plan_of_a_convolution():
     plan = Recipe.preset("w4a8").plan("up_blocks.0.resnets.0.conv1", "conv2d", (128, 64))
-    assert (plan.weight_bits, plan.group_size, plan.granularity) == (4, 64, "group")
+    assert (plan.weight_bits, plan.group_size, plan.granularity) == (4, 32, "group")
     assert (plan.activation_bits, plan.range_mode, plan.range.name) == (8, "temporal", "temporal")
     assert plan.segments == (128, 64)
 
@@ -114,14 +114,14 @@ def test_sixteen_bit_activations_have_no_range():
 def test_later_overrides_win_field_by_field():
     recipe = Recipe.preset("w4a8").replace(
         overrides=(
-            LayerOverride("a.*", weight=WeightSpec(4, 32), range=MethodSpec.of("static")),
+            LayerOverride("a.*", weight=WeightSpec(4, 64), range=MethodSpec.of("static")),
             LayerOverride("*.b", weight=WeightSpec(4, 16)),
         )
     )
     plan = recipe.plan("a.b", "linear", (64,))
     assert (plan.group_size, plan.range_mode) == (16, "static")
-    assert recipe.plan("a.c", "linear", (64,)).group_size == 32
-    assert recipe.plan("c.c", "linear", (64,)).group_size == 64
+    assert recipe.plan("a.c", "linear", (64,)).group_size == 64
+    assert recipe.plan("c.c", "linear", (64,)).group_size == 32
 
 
 def test_mode_of_decides_the_mode_of_a_range_method():

@@ -1,4 +1,6 @@
 // Hopper's asynchronous machinery behind one-line functions: mbarriers, the tensor copy engine (TMA), wgmma ordering.
+//
+// With QDIFF_EMULATE the CPU emulator of the tests supplies the functions instead.
 #pragma once
 
 // What cuTensorMapEncodeTiled fills; opaque to us.
@@ -6,9 +8,17 @@ struct alignas(64) TensorMap {
     unsigned long long words[16];
 };
 
-__device__ __forceinline__ unsigned shared_address(const void* p) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(p));
+// The descriptor of a K-major tile whose rows are 128 bytes, swizzled by 128 bytes: 8 rows are 1,024 bytes apart.
+__device__ __forceinline__ unsigned long long tile_descriptor(unsigned address) {
+    return (1ull << 62) | (64ull << 32) | (1ull << 16) | ((address & 0x3ffff) >> 4);
 }
+
+#ifdef QDIFF_EMULATE
+#include "emulate_sm90.h"
+#else
+
+// The block's dynamic shared memory under a name, aligned as the swizzles need it.
+#define SWIZZLED_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 
 __device__ __forceinline__ void barrier_init(unsigned bar, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
@@ -84,9 +94,16 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// The descriptor of a K-major tile whose rows are 128 bytes, swizzled by 128 bytes: 8 rows are 1,024 bytes apart.
-__device__ __forceinline__ unsigned long long tile_descriptor(unsigned address) {
-    return (1ull << 62) | (64ull << 32) | (1ull << 16) | ((address & 0x3ffff) >> 4);
+// Two numbers rounded to 16 bits each, the first in the low ones.
+__device__ __forceinline__ unsigned pack_f16x2(float low, float high) {
+    unsigned v;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    return v;
+}
+__device__ __forceinline__ unsigned pack_bf16x2(float low, float high) {
+    unsigned v;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    return v;
 }
 
 // An 8x8 block of 16-bit numbers, two a thread, transposed.
@@ -132,3 +149,5 @@ __device__ __forceinline__ uint4 load_cluster(unsigned address) {
                  : "memory");
     return v;
 }
+
+#endif

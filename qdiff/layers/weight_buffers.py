@@ -84,7 +84,7 @@ class WeightBuffers(nn.Module):
         register("bias", None if float_bias is None else (rows,), self.compute_dtype)
         register("smooth", (sum(plan.segments),) if has_smooth else None, torch.float32)
         # What the branch is computed in, so that no call casts it.
-        branch = self.compute_dtype if self.compute_dtype in (torch.float16, torch.bfloat16) else torch.float16
+        branch = low_rank_dtype(self.compute_dtype)
         register("down", (rank, k) if rank else None, branch)
         register("up", (rows, rank) if rank else None, branch)
         scaled = plan.range_mode in ("static", "temporal")
@@ -158,6 +158,11 @@ class WeightBuffers(nn.Module):
         activation = "float" if plan.range_mode == "none" else f"int{plan.activation_bits}/{plan.range_mode}"
         branch = "" if self.down is None else f", rank={self.down.shape[0]}"
         return f", {weight}, activation={activation}{branch}"
+
+
+def low_rank_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """What a layer of this dtype stores its low-rank branch in."""
+    return compute_dtype if compute_dtype in (torch.float16, torch.bfloat16) else torch.float16
 
 
 def stored_bytes(module: nn.Module) -> int:

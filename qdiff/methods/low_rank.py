@@ -11,6 +11,7 @@ from torch import Tensor
 from qdiff.methods.contract import Transform
 from qdiff.methods.registry import register
 from qdiff.methods.state import LayerState, LowRankBranch
+from qdiff.numerics.packing import storage_block
 
 # Of the randomized range finder (Halko, Martinsson and Tropp, arXiv 0909.4061, section 4.5): eight spare directions and
 # three power iterations leave a residual within 1 % of the SVD's, even of a random matrix (see the tests).
@@ -67,8 +68,8 @@ class LowRank(Transform):
         out_features, in_features = state.weight.shape
         if self.rank is not None:
             return min(self.rank, out_features, in_features)
-        groups = in_features // state.plan.group_size if state.plan.weight_bits == 4 else 0
-        layer_bytes = out_features * (in_features * state.plan.weight_bits / 8 + (groups + 1) // 2 + 4)
+        blocks = in_features // storage_block(state.plan.group_size) if state.plan.weight_bits == 4 else 0
+        layer_bytes = out_features * (in_features * state.plan.weight_bits / 8 + (blocks + 1) // 2 + 4)
         return int(self.budget * layer_bytes / (2 * (out_features + in_features)))
 
     def _candidates(self, state: LayerState, rank: int) -> list[tuple[float, LayerState]]:
@@ -78,8 +79,9 @@ class LowRank(Transform):
         target, candidates = state.weight, []
         for _ in range(self.iterations):
             down, up = leading_part(target * balance, rank)
-            # The branch is stored in half precision; what that loses is left to the 4-bit part.
-            branch = LowRankBranch((down / balance).half().float(), up.half().float())
+            # What the branch loses in the precision it is stored in is left to the 4-bit part.
+            stored = (matrix.to(state.branch_dtype).float() for matrix in (down / balance, up))
+            branch = LowRankBranch(*stored)
             candidate = state.with_weight(state.weight - branch.up @ branch.down, low_rank=branch)
             rounded = candidate.rounding.preview(candidate)
             candidates.append((candidate.output_error(rounded), candidate))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.calibration import LayerStatistics, Statistics
-from qdiff.layers import QuantizedWeights
+from qdiff.layers import QuantizedWeights, low_rank_dtype
 from qdiff.methods.registry import methods_of
 from qdiff.methods.state import LayerState
 from qdiff.numerics.gemm_layout import to_gemm
@@ -59,4 +59,5 @@ def prepare(plan: LayerPlan, layer: nn.Module, statistics: LayerStatistics | Non
         rounding=rounding,
         range=range_,
         statistics=statistics,
+        branch_dtype=low_rank_dtype(weight.dtype),
     )

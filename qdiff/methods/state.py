@@ -33,6 +33,7 @@ class LayerState:
     rounding, range:  the methods that come after the transforms, so that a transform can try candidates with them.
     smooth:      float32 [C] or None: x * smooth is what is quantized; `weight` already holds the inverse.
     low_rank:    the branch, of the smoothed input, or None.
+    branch_dtype:  that a branch will be stored in.
     """
 
     plan: LayerPlan
@@ -43,6 +44,7 @@ class LayerState:
     statistics: LayerStatistics | None = None
     smooth: Float[Tensor, " C"] | None = None
     low_rank: LowRankBranch | None = None
+    branch_dtype: torch.dtype = torch.float16
     _balance: Float[Tensor, "R 1"] | None = dataclasses.field(default=None, repr=False)
     _raw_inputs: Float[Tensor, "R K"] | None = dataclasses.field(default=None, repr=False)
 

@@ -100,8 +100,8 @@ class Kernel:
             result = self._launch(ctypes.byref(config), self._pointer, pointers, None)
         if result:
             raise RuntimeError(
-                f"{self._name}: the driver refused to launch {grid} blocks of {threads} threads with {shared_bytes} bytes "
-                f"of shared memory (CUresult {result})"
+                f"{self._name}: the driver refused to launch {grid} blocks of {threads} threads with "
+                f"{shared_bytes} bytes of shared memory (CUresult {result})"
             )
 
     def _allow(self, shared_bytes: int) -> None:
@@ -204,10 +204,10 @@ def _compiled(nvrtc: Any, source: str, defines: Defines, arch: tuple[int, int]) 
     options = ("-std=c++17", "-default-device", target, *(f"-D{name}={value}" for name, value in defines))
     # The folder's hash stands for the headers that the source includes.
     key = hashlib.sha256(repr((source, options, version, _source_hash(folder))).encode()).hexdigest()[:32]
-    path = _cache_folder() / f"qdiff_{source}_{key}.cubin"
+    path = cache_folder() / f"qdiff_{source}_{key}.cubin"
     if not path.is_file():
         code = (folder / f"{source}.cu").read_text(encoding="utf-8")
-        _write(path, _compile(nvrtc, f"{source}.cu", code, (*options, f"-I{folder / 'include'}", f"-I{_headers()}")))
+        write(path, _compile(nvrtc, f"{source}.cu", code, (*options, f"-I{folder / 'include'}", f"-I{_headers()}")))
     return path
 
 
@@ -226,7 +226,7 @@ def _compile(nvrtc: Any, name: str, code: str, options: tuple[str, ...]) -> byte
     return machine_code
 
 
-def _write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes) -> None:
     # Another process may do the same at the same time: each writes a file of its own, and the last one stays.
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(content)
@@ -243,14 +243,14 @@ def _source_hash(folder: Path) -> str:
 
 def _import_cupy() -> Any:
     if "cupy" not in sys.modules:
-        os.environ["CUPY_CACHE_DIR"] = str(_cache_folder())  # CuPy makes it on import, and fails where it cannot
+        os.environ["CUPY_CACHE_DIR"] = str(cache_folder())  # CuPy makes it on import, and fails where it cannot
     import cupy
 
     return cupy
 
 
 @lru_cache(maxsize=1)
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """CuPy's folder for compiled kernels; where it cannot be written, one that is gone when this process ends."""
     folder = Path(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")).expanduser()
     try:

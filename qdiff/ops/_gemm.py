@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qdiff.ops import _cupy, _gemm_mma, _gemm_wgmma
+from qdiff.ops import _cupy, _gemm_mma, _gemm_wgmma, _tiles
 
 
 @dataclass(slots=True)
@@ -68,20 +68,32 @@ def linear(
     out = torch.empty(*x_codes.shape[:-1], n, dtype=out_dtype, device=x_codes.device)
     m = out.numel() // n
     if x_low is not None and up is not None:
-        x_low, up = x_low.contiguous(), up.to(x_low.dtype).contiguous()
+        x_low, up = _aligned(x_low.contiguous()), _aligned(up.to(x_low.dtype).contiguous())
     problem = Problem(
-        _aligned(x_codes.contiguous()),
-        *(1, 1, m, k, 1, m, n),
-        *((1, 1), (1, 1), (0, 0), (k,)),
-        x_scale.contiguous(),
-        *_weight(codes, multipliers, codebook),
-        scale,
-        bias,
-        None,
-        None if residual is None else residual.contiguous(),
-        x_low,
-        up,
-        out_dtype,
+        x=_aligned(x_codes.contiguous()),
+        B=1,
+        H=1,
+        W=m,
+        C=k,
+        OH=1,
+        OW=m,
+        N=n,
+        kernel=(1, 1),
+        stride=(1, 1),
+        padding=(0, 0),
+        segments=(k,),
+        x_scale=x_scale.contiguous(),
+        weight_kind=_kind(multipliers, codebook),
+        codes=_aligned(codes.contiguous()),
+        multipliers=None if multipliers is None else multipliers.contiguous(),
+        codebook=None if codebook is None else _aligned(codebook.contiguous()),
+        scale=scale.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        shift=None,
+        residual=None if residual is None else _aligned(residual.contiguous()),
+        x_low=x_low,
+        up=up,
+        out_dtype=out_dtype,
     )
     if m:
         _run(problem, out)
@@ -113,27 +125,38 @@ def conv2d(
     shape = (batch, n, rows, columns)
     out = torch.empty(shape, dtype=out_dtype, device=x_codes.device, memory_format=torch.channels_last)
     problem = Problem(
-        _aligned(x_codes.permute(0, 2, 3, 1).contiguous()),
-        *(batch, height, width, channels, rows, columns, n),
-        *((kernel[0], kernel[1]), (stride[0], stride[1]), (padding[0], padding[1]), tuple(segments)),
-        x_scale.contiguous(),
-        *_weight(codes, multipliers, codebook),
-        scale,
-        bias,
-        None if shift is None else shift.contiguous(),
-        None if residual is None else residual.contiguous(memory_format=torch.channels_last),
-        None,
-        None,
-        out_dtype,
+        x=_aligned(x_codes.permute(0, 2, 3, 1).contiguous()),
+        B=batch,
+        H=height,
+        W=width,
+        C=channels,
+        OH=rows,
+        OW=columns,
+        N=n,
+        kernel=(kernel[0], kernel[1]),
+        stride=(stride[0], stride[1]),
+        padding=(padding[0], padding[1]),
+        segments=tuple(segments),
+        x_scale=x_scale.contiguous(),
+        weight_kind=_kind(multipliers, codebook),
+        codes=_aligned(codes.contiguous()),
+        multipliers=None if multipliers is None else multipliers.contiguous(),
+        codebook=None if codebook is None else _aligned(codebook.contiguous()),
+        scale=scale.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        shift=None if shift is None else shift.contiguous(),
+        residual=None if residual is None else _aligned(residual.permute(0, 2, 3, 1).contiguous()),
+        x_low=None,
+        up=None,
+        out_dtype=out_dtype,
     )
     if out.numel():
         _run(problem, out)
     return out
 
 
-def _weight(codes: Tensor, multipliers: Tensor | None, codebook: Tensor | None) -> tuple:
-    kind = 4 if multipliers is not None else 5 if codebook is not None else 8
-    return kind, codes, multipliers, codebook
+def _kind(multipliers: Tensor | None, codebook: Tensor | None) -> int:
+    return 4 if multipliers is not None else 5 if codebook is not None else 8
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -143,19 +166,9 @@ def _aligned(x: Tensor) -> Tensor:
 
 def _run(problem: Problem, out: Tensor) -> None:
     path = _forced_path or ("wgmma" if _cupy.capability(out.device) == (9, 0) else "mma")
-    if path == "wgmma" and _gemm_wgmma.refusal(problem) is None:
-        _gemm_wgmma.launch(problem, out, _wgmma_tile(problem))
-    else:
-        _gemm_mma.launch(problem, out)
-
-
-def _wgmma_tile(problem: Problem) -> _gemm_wgmma.Tile:
-    if _forced_tile is not None:
-        for tile in _gemm_wgmma.TILES:
-            if tile.name == _forced_tile:
-                return tile
-        raise ValueError(f"tile: got {_forced_tile!r}, expected one of {TILES}")
-    return _gemm_wgmma.choose(problem)
+    kernels = _gemm_wgmma if path == "wgmma" and _gemm_wgmma.refusal(problem) is None else _gemm_mma
+    forced = next((tile for tile in kernels.TILES if tile.name == _forced_tile), None)
+    kernels.launch(problem, out, forced or _tiles.choose(kernels, problem, out))
 
 
 TILES = [tile.name for tile in _gemm_wgmma.TILES]
@@ -174,7 +187,8 @@ def forced_path(path: str) -> Iterator[None]:
 
 @contextmanager
 def forced_tile(name: str) -> Iterator[None]:
-    """Run every problem of the Hopper kernel with this tile of TILES: for tests and benchmarks; the whole process."""
+    """Run every problem with the tile of this name where its kernel has it: for tests and benchmarks;
+    the whole process."""
     global _forced_tile
     before, _forced_tile = _forced_tile, name
     try:

@@ -20,6 +20,9 @@ _STEP = 64  # of K
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3}
 
 
+NAME = "mma"
+
+
 class Tile(NamedTuple):
     """Output features and pixels of a block."""
 
@@ -62,6 +65,17 @@ class Params(ctypes.Structure):
     ]
 
 
+def fits(tile: Tile, problem: Problem) -> bool:
+    """Every tile computes every problem."""
+    return True
+
+
+def guess(problem: Problem) -> Tile:
+    """The tile by `choose_tile`."""
+    pixels = problem.B * problem.OH * problem.OW
+    return choose_tile(problem.N, pixels, _cupy.multiprocessors(problem.x.device))
+
+
 def launch(problem: Problem, out: Tensor, tile: Tile | None = None) -> None:
     """Compute `problem` into `out` on torch's current stream.
 
@@ -75,8 +89,7 @@ def launch(problem: Problem, out: Tensor, tile: Tile | None = None) -> None:
     pixels = problem.B * problem.OH * problem.OW
     if pixels == 0:
         return
-    if tile is None:
-        tile = choose_tile(problem.N, pixels, _cupy.multiprocessors(out.device))
+    tile = tile or guess(problem)
     depth = stages(tile, _cupy.capability(out.device))
     macros = defines(tile, problem.weight_kind, depth, len(problem.segments) > 1)
     blocks = -(-problem.N // tile.features) * -(-pixels // tile.tokens)
@@ -175,3 +188,12 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 def _dtype(tensor: Tensor | None) -> int:
     return 0 if tensor is None else _DTYPES[tensor.dtype]
+
+
+# Everything that `launch` may ask for, on GPUs with asynchronous copies.
+VARIANTS = [
+    ("gemm_mma", defines(tile, weight, stages(tile, (8, 0)), segmented))
+    for tile in TILES
+    for weight in (4, 5, 8)
+    for segmented in (False, True)
+]

@@ -21,6 +21,8 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3
 _MAX_RANK = 128
 _MAX_MAPS = 4096
 
+NAME = "wgmma"
+
 
 class Tile(NamedTuple):
     """128 features x `tokens` output pixels, the K axis shared by a cluster of `split` blocks."""
@@ -44,26 +46,31 @@ def fits(tile: Tile, problem: Problem) -> bool:
     return tile.split == 1 or tile.split % len(problem.segments) == 0
 
 
-def choose(problem: Problem) -> Tile:
-    """The tile by a rule of thumb."""
-    blocks = _cupy.multiprocessors(problem.x.device)
-    pixels = problem.B * problem.OH * problem.OW
-    candidates = [tile for tile in TILES if fits(tile, problem)]
-    stages_total = sum(problem.segments) * problem.kernel[0] * problem.kernel[1] / 128
+def guess(problem: Problem) -> Tile:
+    """The tile whose blocks, in waves over the multiprocessors, are done first by a rule of thumb.
 
-    def cost(tile: Tile) -> float:
-        count = -(-pixels // tile.tokens) * -(-problem.N // 128)
-        waves = -(-count * tile.split // blocks)
-        return waves * (stages_total / tile.split * (tile.tokens + 64) + 4 * tile.tokens + 300 * (tile.split > 1))
+    A stage of 128 of K takes as long as its products (four cycles a token), but no less than about 700 cycles, which
+    its copies and the unpacking take; a tile costs 1,500 more and some for every token; a cluster's exchange 3,000.
+    """
+    p = problem
+    stages = sum(-(-width // 128) for width in p.segments) * p.kernel[0] * p.kernel[1]
+    multiprocessors = _cupy.multiprocessors(p.x.device)
 
-    return min(candidates, key=cost)
+    def cycles(tile: Tile) -> float:
+        w, h, n = _box(tile.tokens, p.B, p.OH, p.OW, p.stride)
+        tiles = -(-p.OW // w) * -(-p.OH // h) * -(-p.B // n) * -(-p.N // 128)
+        waves = -(-tiles * tile.split // multiprocessors)
+        stage = max(700, 4 * tile.tokens)
+        return waves * (-(-stages // tile.split) * stage + 1500 + 8 * tile.tokens + 3000 * (tile.split > 1))
+
+    return min((tile for tile in TILES if fits(tile, problem)), key=cycles)
 
 
 def refusal(problem: Problem) -> str | None:
     """Why no tile can, or None."""
     if problem.up is not None and (problem.up.shape[1] > _MAX_RANK or problem.up.shape[1] % 8):
         return f"a low-rank branch of rank {problem.up.shape[1]}"
-    if problem.up is not None and problem.x_low.dtype == torch.float32:
+    if problem.x_low is not None and problem.x_low.dtype == torch.float32:
         return "a low-rank branch in float32"
     if len(problem.segments) > 4:
         return f"{len(problem.segments)} channel segments"
@@ -229,7 +236,7 @@ def launch(problem: Problem, out: Tensor, tile: Tile) -> None:
         3,
     )
     low_map = _NO_MAP
-    if rank:
+    if rank and p.x_low is not None:
         r = 2 * rank
         low_map = _map(p.x_low.data_ptr(), (r, p.OW, 1, 1), (r, r * p.OW, r * p.OW), (128, w, 1, 1), (1, 1, 1, 1), 3)
     # Sums of the segments that are done, in float32: what does not fit the registers beside the accumulators.

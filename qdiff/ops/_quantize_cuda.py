@@ -136,13 +136,13 @@ def _quantize_samples(
 @lru_cache(maxsize=4096)
 def _token_plan(dtype: int, rows: int, k: int, vectors_fit: bool, multiprocessors: int) -> _Plan:
     chunks = k // 8
-    # Five or six chunks a thread hide the memory's latency; where there is not that much work, one or two each.
-    most = (6 if dtype else 5) if rows * chunks > 2 * _THREADS * multiprocessors else 2
+    # Four or six chunks a thread hide the memory's latency; where there is not that much work, one or two each.
+    most = (6 if dtype else 4) if rows * chunks > 2 * _THREADS * multiprocessors else 2
     lanes = 8
     while lanes * most < chunks and lanes < 512:
         lanes *= 2
     vectors = _ceil(chunks, lanes)
-    if not vectors_fit or vectors > 8:
+    if not vectors_fit or vectors > (8 if dtype else 7):
         lanes, vectors = 32 if k <= 1024 else 256, 0
     threads = max(128, lanes)
     defines = (("TYPE", dtype), ("LANES", lanes), ("VECTORS", vectors), ("THREADS", threads))
@@ -211,3 +211,35 @@ def _address(tensor: Tensor | None) -> int:
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def _variants() -> list[tuple[str, tuple[tuple[str, int | str], ...]]]:
+    a100 = 108  # multiprocessors: few rows and many rows stand for other sizes of GPU too
+    widths = (320, 640, 1280, 3072, 10240)
+    plans = [
+        *(
+            _token_plan(dtype, rows, k, fits, a100)
+            for dtype in _TYPES.values()
+            for rows in (1, 4096)
+            for k in (*widths, 64, 1536, 2560, 5120, 20480, 32768)
+            for fits in (False, True)
+        ),
+        *(
+            _token_down_plan(dtype, rows, k, rank, a100)
+            for dtype in (_TYPES[torch.float16], _TYPES[torch.bfloat16])
+            for rows in (1, 4096)
+            for k in widths
+            for rank in (8, 16, 32, 64, _MAX_RANK)
+        ),
+        *(
+            _sample_plan(dtype, 2, 4096, turned, aligned, (320,), a100)[0]
+            for dtype in _TYPES.values()
+            for turned in (False, True)
+            for aligned in (False, True)
+        ),
+    ]
+    return list(dict.fromkeys((plan.source, plan.defines) for plan in plans))
+
+
+# A cover of what the functions above may ask for: every path, and the widths and ranks of known models.
+VARIANTS = _variants()

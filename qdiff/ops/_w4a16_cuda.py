@@ -136,3 +136,16 @@ def _shared_limit(device: torch.device) -> int:
     # CUDA programming guide, technical specifications; the least of all for what is not listed.
     large = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
     return large.get(capability, 64 if capability < (8, 0) else 99) * 1024 - _static_bytes(16)
+
+
+# A cover of what `linear` may ask for: short and long rows of W, small and large layers, few and many rows of x.
+VARIANTS = list(
+    dict.fromkeys(
+        ("w4a16_linear", _plan(dtype, weight, rows, n, k, shared_limit=65536, multiprocessors=108).defines)
+        for dtype in _TYPES
+        for weight in (4, 5, 8)
+        for rows in (1, _MAX_ROWS)
+        for n in (320, 10240)
+        for k in ((320, 4096) if dtype == torch.float16 else (4096,))
+    )
+)

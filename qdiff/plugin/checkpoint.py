@@ -35,7 +35,7 @@ from qdiff.plugin.pipeline import LAYER_CLASSES, QuantLayer
 from qdiff.plugin.structure import DENOISER_NAMES, QuantizationRecord, find_denoiser, install, quantization_of
 from qdiff.recipe import LayerPlan, Recipe
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: 4-bit weights in blocks of 32
 MANIFEST = "qdiff.json"
 TENSORS = "qdiff.safetensors"
 # diffusers 0.42 knows both names and warns of the older.
@@ -208,10 +208,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"checkpoint {folder} is damaged: {MANIFEST} cannot be read ({error}); save it again"
         ) from error
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if version != FORMAT_VERSION:
+        advice = "update qdiff" if isinstance(version, int) and version > FORMAT_VERSION else "quantize the model again"
         raise ValueError(
-            f"checkpoint {folder} has format_version {version!r}; this qdiff {__version__} reads up to "
-            f"{FORMAT_VERSION}; update qdiff"
+            f"checkpoint {folder} has format_version {version!r}; this qdiff {__version__} reads {FORMAT_VERSION}; "
+            f"{advice}"
         )
     if bad := [field for field, kind in _FIELDS.items() if not isinstance(manifest.get(field), kind)]:
         raise ValueError(f"checkpoint {folder} is damaged: {MANIFEST} lacks {', '.join(bad)}; save it again")

@@ -101,7 +101,7 @@ def cuda(tmp_path, monkeypatch):
 def forget():
     """What a new process would not know."""
     _cupy._kernels.clear()
-    for cached in (_cupy.unusable, _cupy.capability, _cupy._source_hash, _cupy._cache_folder, _cupy._headers):
+    for cached in (_cupy.unusable, _cupy.capability, _cupy._source_hash, _cupy.cache_folder, _cupy._headers):
         cached.cache_clear()
 
 

@@ -307,9 +307,10 @@ def test_no_checkpoint(tmp_path, tiny_sd):
         load(tmp_path / "gone")
 
 
-def test_newer_format(saved):
-    edit_manifest(saved, format_version=2, layers=None)
-    with pytest.raises(ValueError, match=r"format_version 2; .*reads up to 1; update qdiff"):
+@pytest.mark.parametrize(("version", "advice"), [(3, "update qdiff"), (1, "quantize the model again")])
+def test_another_format(saved, version, advice):
+    edit_manifest(saved, format_version=version, layers=None)
+    with pytest.raises(ValueError, match=rf"format_version {version}; .*reads 2; {advice}"):
         load(saved)
 
 

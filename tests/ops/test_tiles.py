@@ -1,0 +1,233 @@
+"""Which tile computes a problem: tables, measurements and rules of thumb, without a GPU."""
+
+import itertools
+import json
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from qdiff.ops import _cupy, _gemm_mma, _gemm_wgmma, _tiles
+from qdiff.ops._gemm import Problem
+
+
+class Tile(NamedTuple):
+    name: str
+
+
+def make_problem(*, images=1, height=1, width=1, features=64, segments=(64,), kernel=(1, 1), stride=(1, 1)) -> Problem:
+    """A problem of these sizes: no rule looks into its tensors."""
+    nothing = torch.empty(0)
+    return Problem(
+        x=nothing,
+        B=images,
+        H=height * stride[0],
+        W=width * stride[1],
+        C=sum(segments),
+        OH=height,
+        OW=width,
+        N=features,
+        kernel=kernel,
+        stride=stride,
+        padding=(0, 0),
+        segments=segments,
+        x_scale=nothing,
+        weight_kind=4,
+        codes=nothing,
+        multipliers=nothing,
+        codebook=None,
+        scale=nothing,
+        bias=None,
+        shift=None,
+        residual=None,
+        x_low=None,
+        up=None,
+        out_dtype=torch.float16,
+    )
+
+
+PROBLEM = make_problem(images=2, height=4, width=8, features=96, segments=(64, 32), kernel=(3, 3), stride=(2, 2))
+TEXT = "fake 2x4x8 64+32 3x3/2 96"
+OUT = torch.empty(2, 4, 8, 96)
+
+
+class Setup:
+    """A kernel with three tiles, of which `unfit` fits nothing, on a GPU of capability 9.0 whose tables are here."""
+
+    def __init__(self, folder):
+        self.shipped = folder / "package" / "tiles" / "sm_90.json"
+        self.own = folder / "cache" / "qdiff_tiles_sm_90.json"
+        self.measured = []
+        self.kernels = SimpleNamespace(
+            NAME="fake",
+            TILES=[Tile("small"), Tile("large"), Tile("unfit")],
+            fits=lambda tile, problem: tile.name != "unfit",
+            guess=lambda problem: Tile("small"),
+            launch=lambda problem, out, tile: None,
+        )
+        for path in (self.shipped, self.own):
+            path.parent.mkdir(parents=True)
+
+    def measure(self, problem, out, tiles, launch):
+        self.measured.append([tile.name for tile in tiles])
+        return "large"
+
+    def choose(self, problem=PROBLEM):
+        return _tiles.choose(self.kernels, problem, OUT).name
+
+    def forget(self):
+        """What another process would not know."""
+        _tiles._chosen.clear()
+        _tiles._measured.cache_clear()
+
+
+@pytest.fixture
+def setup(tmp_path, monkeypatch):
+    made = Setup(tmp_path)
+    monkeypatch.setattr(_tiles, "__file__", str(tmp_path / "package" / "_tiles.py"))
+    monkeypatch.setattr(_tiles, "_chosen", {})
+    monkeypatch.setattr(_tiles, "_measure", made.measure)
+    monkeypatch.setattr(_cupy, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(_cupy, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.delenv("QDIFF_TUNE", raising=False)
+    _tiles._measured.cache_clear()
+    yield made
+    _tiles._measured.cache_clear()
+
+
+def test_without_a_table_it_guesses_and_writes_nothing(setup):
+    assert setup.choose() == "small"
+    assert not setup.measured
+    assert not setup.own.exists()
+
+
+def test_the_shipped_table_is_used(setup):
+    setup.shipped.write_text(json.dumps({TEXT: "large"}))
+    assert setup.choose() == "large"
+    assert setup.choose(make_problem()) == "small"  # which is not in it
+
+
+def test_own_measurements_win_over_shipped_ones(setup):
+    setup.shipped.write_text(json.dumps({TEXT: "small"}))
+    setup.own.write_text(json.dumps({TEXT: "large"}))
+    assert setup.choose() == "large"
+
+
+@pytest.mark.parametrize("name", ["gone", "unfit"])
+def test_a_tile_that_cannot_be_used_falls_back_to_the_guess(setup, name):
+    setup.shipped.write_text(json.dumps({TEXT: name}))
+    assert setup.choose() == "small"
+
+
+def test_tuning_measures_once_and_keeps_the_result(setup, monkeypatch):
+    setup.own.write_text(json.dumps({"another problem": "small"}))
+    monkeypatch.setenv("QDIFF_TUNE", "1")
+    assert [setup.choose(), setup.choose()] == ["large", "large"]
+    assert setup.measured == [["small", "large"]]
+    assert json.loads(setup.own.read_text()) == {TEXT: "large", "another problem": "small"}
+    setup.forget()
+    monkeypatch.delenv("QDIFF_TUNE")
+    assert setup.choose() == "large"
+    assert len(setup.measured) == 1
+
+
+def test_tuning_leaves_what_a_table_knows(setup, monkeypatch):
+    setup.shipped.write_text(json.dumps({TEXT: "small"}))
+    monkeypatch.setenv("QDIFF_TUNE", "1")
+    assert setup.choose() == "small"
+    assert not setup.measured
+    assert not setup.own.exists()
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(setup, monkeypatch):
+    monkeypatch.setenv("QDIFF_TUNE", "1")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert setup.choose() == "small"
+    assert not setup.measured
+    assert not setup.own.exists()
+
+
+def test_problems_that_differ_have_names_that_differ(setup, monkeypatch):
+    monkeypatch.setenv("QDIFF_TUNE", "1")
+    changes = ({}, {"images": 2}, {"height": 2}, {"width": 2}, {"features": 32}, {"segments": (32, 32)})
+    changes += ({"kernel": (3, 3)}, {"stride": (2, 2)})
+    for change in changes:
+        setup.choose(make_problem(**change))
+    assert len(setup.measured) == len(json.loads(setup.own.read_text())) == len(changes)
+
+
+def test_shipped_tables_name_tiles_that_exist():
+    names = {kernels.NAME: {tile.name for tile in kernels.TILES} for kernels in (_gemm_mma, _gemm_wgmma)}
+    for path in _tiles._shipped((9, 0)).parent.glob("*.json"):
+        for text, name in json.loads(path.read_text(encoding="utf-8")).items():
+            assert name in names[text.split()[0]], f"{path.name}: {text}"
+
+
+TOKENS = sorted({tile.tokens for tile in _gemm_wgmma.TILES})
+# Images, height and width of the output, and the stride.
+OUTPUTS = (
+    (1, 1, 1, (1, 1)),
+    (1, 1, 77, (1, 1)),
+    (1, 1, 4096, (1, 1)),
+    (2, 64, 64, (1, 1)),
+    (2, 128, 96, (1, 1)),
+    (3, 13, 7, (1, 1)),
+    (16, 8, 8, (1, 1)),
+    (50, 1, 1, (1, 1)),
+    (1, 1000, 1, (1, 1)),
+    (1, 300, 2, (1, 1)),
+    (2, 32, 32, (2, 2)),
+    (2, 400, 3, (2, 2)),
+    (1, 3, 400, (2, 2)),
+    (4, 12, 20, (3, 2)),
+    (2, 40, 40, (8, 8)),
+)
+
+
+def boxes_of(output, box):
+    return -(-output[2] // box[0]) * -(-output[1] // box[1]) * -(-output[0] // box[2])
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("output", OUTPUTS, ids=str)
+def test_box(output, tokens):
+    images, height, width, stride = output
+    w, h, n = box = _gemm_wgmma._box(tokens, images, height, width, stride)
+    assert w * h * n == tokens
+    assert w * h % 8 == 0
+    assert max(w * stride[1], h * stride[0], n) <= 256
+    if images == height == 1:
+        assert box == (tokens, 1, 1)
+        return
+    divisors = [size for size in range(1, tokens + 1) if tokens % size == 0]
+    allowed = [
+        (a, b, tokens // (a * b))
+        for a, b in itertools.product(divisors, divisors)
+        if tokens % (a * b) == 0 and a * b % 8 == 0 and a * stride[1] <= 256 and b * stride[0] <= 256
+    ]
+    fewest = min(boxes_of(output, other) for other in allowed)
+    assert boxes_of(output, box) == fewest
+    assert w == max(other[0] for other in allowed if boxes_of(output, other) == fewest)
+
+
+@pytest.mark.parametrize("segments", [(32,), (320,), (5120,), (640, 320), (64, 64, 64), (64, 32, 32, 64)], ids=str)
+@pytest.mark.parametrize("output", OUTPUTS, ids=str)
+def test_guess_is_a_tile_that_fits(output, segments, monkeypatch):
+    monkeypatch.setattr(_cupy, "multiprocessors", lambda device: 132)
+    images, height, width, stride = output
+    for features, size in ((8, 1), (320, 3), (10240, 1)):
+        problem = make_problem(
+            images=images,
+            height=height,
+            width=width,
+            features=features,
+            segments=segments,
+            kernel=(size, size),
+            stride=stride,
+        )
+        for kernels in (_gemm_wgmma, _gemm_mma):
+            tile = kernels.guess(problem)
+            assert tile in kernels.TILES
+            assert kernels.fits(tile, problem)
