@@ -344,8 +344,6 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
         unsigned bias_bits[2];
         unsigned codebook[2][4];
 #pragma unroll
-        for (int i = 0; i < kScales; ++i) token_scale[i] = input_scale(p, tile, min(threadIdx.x % 128 + 128 * i, TOKENS - 1));
-#pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int feature = min(first_feature + row + 2 * i, p.features - 1);
             weight_scale[i] = __ldg(p.scale + feature);
@@ -358,6 +356,8 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 codebook[i][0] = entries.x, codebook[i][1] = entries.y, codebook[i][2] = entries.z, codebook[i][3] = entries.w;
             }
         }
+#pragma unroll
+        for (int i = 0; i < kScales; ++i) token_scale[i] = input_scale(p, tile, min(threadIdx.x % 128 + 128 * i, TOKENS - 1));
         // The A fragments of 32 ranks of the up-projection: the first ones are asked for before they are needed.
         unsigned up[2][4];
         auto read_up = [&](int r) {

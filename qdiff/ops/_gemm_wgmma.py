@@ -72,6 +72,8 @@ def refusal(problem: Problem) -> str | None:
         return f"a low-rank branch of rank {problem.up.shape[1]}"
     if problem.x_low is not None and problem.x_low.dtype == torch.float32:
         return "a low-rank branch in float32"
+    if max(problem.stride) > 8:
+        return f"a stride of {max(problem.stride)}, which the copy engine does not take"
     if len(problem.segments) > 4:
         return f"{len(problem.segments)} channel segments"
     return None

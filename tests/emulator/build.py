@@ -1,15 +1,18 @@
-"""Kernels of `cuda/` as functions that run on the CPU, through `emulate.h`."""
+"""Kernels of `cuda/` as functions that run on the CPU, through `emulate.h`; and arrays that end where memory does."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import mmap
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from qdiff.ops._cuda_sources import cuda_source_dir
 
@@ -24,7 +27,7 @@ _MAIN = """
 extern "C" const char* run(const unsigned* grid, const unsigned* block, size_t shared_bytes, const void* params) {{
     Params copy;
     std::memcpy(&copy, params, sizeof(copy));
-    return emulate::run({{grid[0], grid[1], grid[2]}}, {{block[0], block[1], block[2]}}, shared_bytes,
+    return emulate::run({{grid[0], grid[1], grid[2]}}, {{block[0], block[1], block[2]}}, shared_bytes, {cluster},
                         [&] {{ {source}(copy); }});
 }}
 extern "C" size_t params_bytes() {{ return sizeof(Params); }}
@@ -39,11 +42,16 @@ def load(source: str, defines: tuple[tuple[str, int | str], ...], folder: Path) 
 
     `launch` raises a RuntimeError for what the emulator finds wrong: a deadlock, a stray or misaligned address, bank
     conflicts of ldmatrix, a `params` that is not laid out as the kernel's. Skips the test where there is no g++.
+    A macro SPLIT says how many blocks make a cluster.
     """
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("the CPU emulator of CUDA kernels needs g++")
-    text = _MAIN.format(source=source, defines="\n".join(f"#define {name} {value}" for name, value in defines))
+    text = _MAIN.format(
+        source=source,
+        defines="\n".join(f"#define {name} {value}" for name, value in defines),
+        cluster=dict(defines).get("SPLIT", 1),
+    )
     stem = folder / f"{source}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     main, library = stem.with_suffix(".cpp"), stem.with_suffix(".so")
     if not library.exists():
@@ -68,6 +76,38 @@ def load(source: str, defines: tuple[tuple[str, int | str], ...], folder: Path) 
         if error is None and code.bank_conflicts():
             error = f"{code.bank_conflicts()} bank conflicts of ldmatrix".encode()
         if error is not None:
-            raise RuntimeError(error.decode())
+            raise RuntimeError(error.decode() + _whose(error.decode()))
 
     return launch
+
+
+_guards: dict[int, str] = {}
+
+
+def guarded(tensor: torch.Tensor, alignment: int | None = None) -> torch.Tensor:
+    """A copy of `tensor` with its strides, after which the process has no memory: a kernel's read there is an error.
+
+    Between its end and the void are as few bytes as let it start at a multiple of `alignment`, by default that of an
+    element.
+    """
+    if tensor.numel() == 0:
+        return tensor
+    size = tensor.element_size()
+    alignment = alignment or size
+    count = 1 + sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride()))
+    room = -(-count * size // alignment) * alignment
+    data = -(-room // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, data + mmap.PAGESIZE)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(base + data), ctypes.c_size_t(mmap.PAGESIZE), 0) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect")
+    _guards[base + data] = f"{tensor.dtype} {tuple(tensor.shape)}"
+    flat = torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=data - room)
+    return flat.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
+def _whose(error: str) -> str:
+    found = re.search(r"0x[0-9a-f]+", error)
+    page = int(found[0], 16) // mmap.PAGESIZE * mmap.PAGESIZE if found else 0
+    return f", just after an array of {_guards[page]}" if page in _guards else ""

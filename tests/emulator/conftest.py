@@ -1,4 +1,4 @@
-"""The CPU emulator as a fixture: kernels are compiled once a session."""
+"""The CPU emulator as fixtures: kernels are compiled once a session."""
 
 from __future__ import annotations
 
@@ -6,16 +6,39 @@ import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 
-@pytest.fixture(scope="session")
-def load_kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """`load_kernel(source, defines)`: see `load` of build.py."""
+def _module(name: str) -> ModuleType:
     # By its path: the tests are no package.
-    spec = importlib.util.spec_from_file_location("emulator_build", Path(__file__).parent / "build.py")
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
+    spec = importlib.util.spec_from_file_location(f"emulator_{name}", Path(__file__).parent / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def build() -> ModuleType:
+    """build.py."""
+    return _module("build")
+
+
+@pytest.fixture(scope="session")
+def problems() -> ModuleType:
+    """problems.py."""
+    return _module("problems")
+
+
+@pytest.fixture(scope="session")
+def guarded(build: ModuleType) -> Callable:
+    """`guarded(tensor, alignment)`: see build.py."""
+    return build.guarded
+
+
+@pytest.fixture(scope="session")
+def load_kernel(build: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable:
+    """`load_kernel(source, defines)`: see `load` of build.py."""
     folder = tmp_path_factory.mktemp("emulator")
     return functools.lru_cache(None)(lambda source, defines=(): build.load(source, defines, folder))

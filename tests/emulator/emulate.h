@@ -1,12 +1,14 @@
 // A CUDA kernel's grid on the CPU, for tests: what the device code of cuda/ needs of the language and of the hardware.
 //
-// Every thread of a block is a fiber; it runs until it waits, for its warp (ldmatrix, mma, shuffles) or for its block
-// (__syncthreads). The hardware is imitated strictly: the bytes of an asynchronous copy arrive at the wait for its
+// Every thread of a cluster's blocks is a fiber; it runs until it waits: for its warp (ldmatrix, mma, shuffles), for its
+// block (__syncthreads), or for what emulate_sm90.h adds. The hardware is imitated strictly: the bytes of an asynchronous copy arrive at the wait for its
 // group and are garbage until then; shared memory starts as garbage; misaligned or stray addresses, diverged warps and
 // deadlocks are errors, and bank conflicts of ldmatrix are counted. Not seen: races between warps other than those that
 // two orders of the warps show, and anything about speed.
 #pragma once
 
+#include <csetjmp>
+#include <csignal>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -17,6 +19,8 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -28,9 +32,11 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define HAS_MMA_BF16 1
-#define DYNAMIC_SHARED(name) unsigned char* const name = emulate::dynamic_shared
+#define DYNAMIC_SHARED(name) unsigned char* const name = emulate::blocks[emulate::self->block].shared
+#define SWIZZLED_SHARED(name) DYNAMIC_SHARED(name)
 
 struct dim3 {
     unsigned x, y, z;
@@ -42,6 +48,9 @@ namespace emulate {
 
 constexpr size_t STACK_BYTES = 64 << 10;
 constexpr size_t SHARED_BYTES = 228 << 10;
+// 32-bit addresses of shared memory: the rank of a block in its cluster, and an offset. The system has the first KiB.
+constexpr unsigned RANK_SHIFT = 24, SHARED_BASE = 1024;
+constexpr unsigned char GARBAGE = 0xa5;
 
 struct Copy {
     unsigned char* to;
@@ -49,46 +58,94 @@ struct Copy {
     bool valid;
 };
 
+// A barrier in shared memory that counts arrivals and bytes (mbarrier).
+struct Barrier {
+    int count, pending;
+    long bytes;  // announced, not arrived
+    unsigned phase;
+    bool visible;  // to the copy engine
+};
+
+// A named barrier: threads that have come, and how many it waits for.
+struct Named {
+    int arrived, threads;
+};
+
+// Products under way, and the registers that they write.
+struct Accumulator {
+    unsigned* registers;
+    int under_way;
+    std::vector<unsigned> values;
+};
+struct Product {
+    unsigned* accumulator;
+    const unsigned* a;
+    unsigned a_was[4];
+    unsigned long long descriptor;
+    std::vector<unsigned char> b_was;
+};
+
 struct Fiber {
     ucontext_t context;
     dim3 index;
-    int warp, lane;
-    enum { READY, IN_WARP, IN_BLOCK, DONE } state;
+    int block, warp, lane;
+    enum { READY, IN_WARP, IN_BLOCK, IN_CLUSTER, IN_NAMED, IN_BARRIER, DONE } state;
+    int named;               // IN_NAMED
+    const Barrier* barrier;  // IN_BARRIER: until this phase is over
+    unsigned phase;
     std::vector<Copy> open;               // copies since the last commit
     std::deque<std::vector<Copy>> groups;  // committed, not arrived
+    std::vector<Accumulator> accumulators;
+    std::vector<Product> open_products;
+    std::deque<std::vector<Product>> products;
+    bool fenced;
 };
 
 struct Warp {
     const char* operation;
-    int arrived, lanes;
+    int arrived, lanes, first;
     void *in[32], *out[32];
+    int products;
 };
 
-static std::vector<unsigned char> stacks;
+struct Block {
+    dim3 index;
+    int done;
+    unsigned char* shared;
+    std::map<unsigned, Barrier> barriers;
+    Named named[16];
+};
+
+static std::unique_ptr<unsigned char[]> stacks, shared_memory;
+static size_t stacks_bytes, shared_memory_bytes;
 static std::vector<Fiber> fibers;
 static std::vector<Warp> warps;
+static std::vector<Block> blocks;  // those of a cluster, all at once
 static Fiber* self;
 static ucontext_t scheduler;
 static std::function<void()> kernel;
 static std::string error;
 static long bank_conflicts;
-alignas(128) static unsigned char dynamic_shared[SHARED_BYTES];
 static size_t dynamic_shared_bytes;
+static std::function<bool()> land_copy;  // lets something asynchronous happen; false: there is nothing
 
 static void pause() { swapcontext(&self->context, &scheduler); }
 
+static std::string where() {
+    return " (block " + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + ", thread " +
+           std::to_string(threadIdx.x) + "," + std::to_string(threadIdx.y) + ")";
+}
+
 // Ends the run: the caller is never resumed.
 [[noreturn]] static void fail(const std::string& text) {
-    if (error.empty()) {
-        error = text + " (block " + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + ", thread " +
-                std::to_string(threadIdx.x) + "," + std::to_string(threadIdx.y) + ")";
-    }
+    if (error.empty()) error = text + where();
     for (;;) pause();
 }
 
 static void check_shared(const void* pointer, size_t bytes, const char* what) {
     const auto* start = static_cast<const unsigned char*>(pointer);
-    if (start < dynamic_shared || start + bytes > dynamic_shared + dynamic_shared_bytes) {
+    const unsigned char* const shared = blocks[self->block].shared;
+    if (start < shared || start + bytes > shared + dynamic_shared_bytes) {
         fail(std::string(what) + ": address outside the dynamic shared memory");
     }
     if (reinterpret_cast<uintptr_t>(pointer) % bytes) fail(std::string(what) + ": misaligned address");
@@ -111,35 +168,75 @@ static void collective(const char* operation, In& in, Out& out, Apply apply) {
     }
     apply(reinterpret_cast<In**>(warp.in), reinterpret_cast<Out**>(warp.out));
     warp.arrived = 0;
-    for (Fiber& fiber : fibers) {
-        if (fiber.warp == self->warp && fiber.state == Fiber::IN_WARP) fiber.state = Fiber::READY;
+    for (int i = warp.first; i < warp.first + warp.lanes; ++i) {
+        if (fibers[i].state == Fiber::IN_WARP) fibers[i].state = Fiber::READY;
     }
 }
 
 static void enter() {
     kernel();
+    if (!self->products.empty() || !self->open_products.empty()) fail("the thread ends with products under way");
     self->state = Fiber::DONE;
+    ++blocks[self->block].done;
     pause();
 }
 
 static void resume(Fiber& fiber) {
     self = &fiber;
     threadIdx = fiber.index;
+    blockIdx = blocks[fiber.block].index;
     swapcontext(&scheduler, &fiber.context);
 }
 
-static void run_block() {
-    const int threads = blockDim.x * blockDim.y * blockDim.z;
-    fibers.assign(threads, Fiber());
-    warps.assign((threads + 31) / 32, Warp());
-    stacks.resize(threads * STACK_BYTES);
-    std::memset(dynamic_shared, 0xa5, SHARED_BYTES);
-    for (int i = 0; i < threads; ++i) {
+static bool can_run(const Fiber& fiber) {
+    return fiber.state == Fiber::READY || (fiber.state == Fiber::IN_BARRIER && fiber.barrier->phase != fiber.phase);
+}
+
+// Opens the barriers at which all threads of a block, or of the cluster, are.
+static bool open_barriers(int threads) {
+    bool opened = false;
+    auto open = [&](int first, int count, int state) {
+        int waiting = 0, done = 0;
+        for (int i = first; i < first + count; ++i) {
+            waiting += fibers[i].state == state;
+            done += fibers[i].state == Fiber::DONE;
+        }
+        if (!waiting || waiting + done < count) return;
+        for (int i = first; i < first + count; ++i) {
+            if (fibers[i].state == state) fibers[i].state = Fiber::READY;
+        }
+        opened = true;
+    };
+    for (size_t b = 0; b < blocks.size(); ++b) open(b * threads, threads, Fiber::IN_BLOCK);
+    open(0, fibers.size(), Fiber::IN_CLUSTER);
+    return opened;
+}
+
+static void run_cluster() {
+    const int threads = blockDim.x * blockDim.y * blockDim.z, warps_of_block = (threads + 31) / 32;
+    const int count = blocks.size();
+    fibers.assign(count * threads, Fiber());
+    warps.assign(count * warps_of_block, Warp());
+    if (stacks_bytes < fibers.size() * STACK_BYTES) {
+        stacks_bytes = fibers.size() * STACK_BYTES;
+        stacks.reset(new unsigned char[stacks_bytes]);
+    }
+    if (shared_memory_bytes < count * SHARED_BYTES) {
+        shared_memory_bytes = count * SHARED_BYTES;
+        shared_memory.reset(new unsigned char[shared_memory_bytes + SHARED_BASE]);
+    }
+    unsigned char* const shared = shared_memory.get() + SHARED_BASE - reinterpret_cast<uintptr_t>(shared_memory.get()) % SHARED_BASE;
+    std::memset(shared, GARBAGE, count * SHARED_BYTES);
+    for (int b = 0; b < count; ++b) blocks[b].shared = shared + b * SHARED_BYTES;
+    for (int i = 0; i < count * threads; ++i) {
         Fiber& fiber = fibers[i];
-        fiber.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
-        fiber.warp = i / 32;
-        fiber.lane = i % 32;
+        const int thread = i % threads;
+        fiber.index = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / (blockDim.x * blockDim.y)};
+        fiber.block = i / threads;
+        fiber.warp = fiber.block * warps_of_block + thread / 32;
+        fiber.lane = thread % 32;
         fiber.state = Fiber::READY;
+        if (fiber.lane == 0) warps[fiber.warp].first = i;
         ++warps[fiber.warp].lanes;
         getcontext(&fiber.context);
         fiber.context.uc_stack = {&stacks[i * STACK_BYTES], 0, STACK_BYTES};
@@ -147,50 +244,80 @@ static void run_block() {
         makecontext(&fiber.context, enter, 0);
     }
     for (bool forward = true;; forward = !forward) {
-        // Every warp up to the next barrier, now from the first to the last, then the other way round.
+        // Every warp up to where it waits for others, now from the first to the last, then the other way round. Only
+        // when nothing else can happen do copies arrive, one at a time.
         for (size_t w = 0; w < warps.size(); ++w) {
-            const int first = 32 * static_cast<int>(forward ? w : warps.size() - 1 - w);
+            const Warp& warp = warps[forward ? w : warps.size() - 1 - w];
             for (bool moved = true; moved;) {
                 moved = false;
-                for (int i = first; i < std::min(first + 32, threads); ++i) {
-                    if (fibers[i].state != Fiber::READY) continue;
+                for (int i = warp.first; i < warp.first + warp.lanes; ++i) {
+                    if (!can_run(fibers[i])) continue;
+                    fibers[i].state = Fiber::READY;
                     resume(fibers[i]);
                     if (!error.empty()) return;
                     moved = true;
                 }
             }
         }
-        int waiting = 0, stuck = 0;
-        for (Fiber& fiber : fibers) {
-            waiting += fiber.state == Fiber::IN_BLOCK;
-            stuck += fiber.state == Fiber::IN_WARP;
+        const bool more = std::any_of(fibers.begin(), fibers.end(), can_run);
+        if (!more && !open_barriers(threads) && !(land_copy && land_copy())) break;
+        if (!error.empty()) return;
+    }
+    for (int state : {Fiber::IN_WARP, Fiber::IN_BARRIER, Fiber::IN_NAMED, Fiber::IN_CLUSTER, Fiber::IN_BLOCK}) {
+        for (const Fiber& fiber : fibers) {
+            if (fiber.state != state || !error.empty()) continue;
+            threadIdx = fiber.index, blockIdx = blocks[fiber.block].index;
+            error = state == Fiber::IN_WARP ? "deadlock: some lanes of a warp never came to a warp-wide operation"
+                    : state == Fiber::IN_BARRIER ? "deadlock: a phase of a barrier in shared memory never ends"
+                    : state == Fiber::IN_NAMED   ? "deadlock: too few threads came to a named barrier"
+                                                 : "deadlock: some threads never came to a barrier of all";
+            error += where();
         }
-        if (stuck) {
-            error = "deadlock: some lanes of a warp never came to a warp-wide operation";
-            return;
+    }
+    for (const Block& block : blocks) {
+        for (size_t i = dynamic_shared_bytes; i < SHARED_BYTES; ++i) {
+            if (block.shared[i] != GARBAGE && error.empty()) error = "a write past the end of the shared memory";
         }
-        if (!waiting) return;
-        for (Fiber& fiber : fibers) {
-            if (fiber.state == Fiber::IN_BLOCK) fiber.state = Fiber::READY;
+    }
+    for (size_t w = 0; w < warps.size(); ++w) {
+        if (warps[w].products != warps[w - w % warps_of_block % 4].products && error.empty()) {
+            error = "the warps of a warpgroup did not begin the same products";
         }
     }
 }
 
-// Null, or the text of what went wrong.
-static const char* run(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
+static sigjmp_buf rescue;
+
+// An access to memory that the process does not have, such as the pages after the tests' arrays: ends the run.
+static void stray(int, siginfo_t* info, void*) {
+    char text[64];
+    std::snprintf(text, sizeof(text), "stray access to global memory at %p", info->si_addr);
+    if (error.empty()) error = text + where();
+    siglongjmp(rescue, 1);
+}
+
+// Null, or the text of what went wrong. `cluster` neighbours along x are blocks of a cluster.
+static const char* run(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, std::function<void()> body) {
     error.clear();
     bank_conflicts = 0;
+    land_copy = nullptr;
     kernel = body;
     gridDim = grid, blockDim = block, dynamic_shared_bytes = shared_bytes;
     if (shared_bytes > SHARED_BYTES) error = "more dynamic shared memory than any GPU has";
-    for (unsigned z = 0; z < grid.z; ++z) {
-        for (unsigned y = 0; y < grid.y; ++y) {
-            for (unsigned x = 0; x < grid.x; ++x) {
-                blockIdx = {x, y, z};
-                if (error.empty()) run_block();
-            }
+    if (grid.x % cluster) error = "a grid that clusters do not fill";
+    struct sigaction action = {}, before;
+    action.sa_sigaction = stray;
+    action.sa_flags = SA_SIGINFO;
+    sigaction(SIGSEGV, &action, &before);
+    if (sigsetjmp(rescue, 1) == 0) {
+        for (unsigned i = 0; i < grid.x / cluster * grid.y * grid.z && error.empty(); ++i) {
+            const unsigned x = i % (grid.x / cluster) * cluster, yz = i / (grid.x / cluster);
+            blocks.assign(cluster, Block());
+            for (unsigned c = 0; c < cluster; ++c) blocks[c].index = {x + c, yz % grid.y, yz / grid.y};
+            run_cluster();
         }
     }
+    sigaction(SIGSEGV, &before, nullptr);
     return error.empty() ? nullptr : error.c_str();
 }
 
@@ -231,6 +358,8 @@ static inline char4 make_char4(signed char x, signed char y, signed char z, sign
 
 using std::max;
 using std::min;
+static inline unsigned min(unsigned a, int b) { return min(a, static_cast<unsigned>(b)); }
+static inline unsigned max(unsigned a, int b) { return max(a, static_cast<unsigned>(b)); }
 static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float __fadd_rn(float a, float b) { return a + b; }
 static inline float __fsub_rn(float a, float b) { return a - b; }
@@ -243,6 +372,11 @@ static inline int __float2int_rn(float a) {
     if (std::isnan(a)) return 0;
     const double rounded = std::nearbyint(static_cast<double>(a));
     return static_cast<int>(std::min(2147483647.0, std::max(-2147483648.0, rounded)));
+}
+
+// The 64 bits of both, shifted.
+static inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned by) {
+    return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) >> (by & 31));
 }
 
 template <class To, class From>
@@ -379,6 +513,13 @@ static inline T __shfl_sync(unsigned mask, T value, int from, int width = 32) {
 // ---- The functions of cuda/include/ptx.cuh
 
 static inline int opaque(int value) { return value; }
+
+static inline unsigned shared_address(const void* pointer) {
+    emulate::check_shared(pointer, 1, "shared_address");
+    const emulate::Block& block = emulate::blocks[emulate::self->block];
+    const auto offset = static_cast<const unsigned char*>(pointer) - block.shared;
+    return static_cast<unsigned>(emulate::self->block << emulate::RANK_SHIFT) + emulate::SHARED_BASE + offset;
+}
 
 static inline void cp_async_16(void* shared, const void* global, bool valid) {
     emulate::check_shared(shared, 16, "cp.async");

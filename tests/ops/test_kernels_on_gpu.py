@@ -151,6 +151,9 @@ def sum_slack(values):
     low, up = values["x_low"].double(), values["up"].to(values["x_low"].dtype).double()
     acc = run("linear", values["kind"], values["plain"] | {"out_dtype": torch.int32}, "cpu").double()
     terms = acc.abs() * values["plain"]["x_scale"].double()[:, None] * values["plain"]["scale"].double()
+    for name in ("bias", "residual"):  # what a sum in float32 lost earlier shows when they cancel it
+        if values["whole"][name] is not None:
+            terms = terms + values["whole"][name].double().abs()
     return low.shape[1] * 2.0**-22 * (low.abs() @ up.abs().t()) + 2.0**-22 * terms
 
 
@@ -211,7 +214,9 @@ def test_low_rank_branch(kind, rank, dtype):
             for shape in ((5, 72, 96), (130, 200, 320), (257, 65, 640)):
                 values = linear_values(kind, *shape, dtype, rank)
                 plain = values | {"bias": None, "x_low": None, "up": None, "residual": None}
-                slack = sum_slack({"x_low": values["x_low"], "up": values["up"], "kind": kind, "plain": plain})
+                slack = sum_slack(
+                    {"x_low": values["x_low"], "up": values["up"], "kind": kind, "plain": plain, "whole": values}
+                )
                 assert_values_agree("linear", kind, values, slack)
 
 
@@ -334,7 +339,7 @@ def every_kind_of_problem(kind, fits=lambda segments, dtype: True):
         assert_values_agree("linear", kind, values)
         values = linear_values(kind, *shape, torch.bfloat16, 32)
         plain = values | {"bias": None, "x_low": None, "up": None, "residual": None}
-        slack = sum_slack({"x_low": values["x_low"], "up": values["up"], "kind": kind, "plain": plain})
+        slack = sum_slack({"x_low": values["x_low"], "up": values["up"], "kind": kind, "plain": plain, "whole": values})
         assert_values_agree("linear", kind, values, slack)
     for case in ((2, (96,), 20, 17, 136, 3, 1, 1), (2, (96, 64), 20, 17, 136, 3, 2, 1)):
         values = conv_values(kind, case)
@@ -378,8 +383,10 @@ def test_quantize_per_token(dtype, rank, smoothed, shape):
     if rank and x.numel():
         v = (x.float() * smooth).to(dtype) if smoothed else x
         terms = v.double().abs() @ down.double().abs().t()
+        # K terms added in float32, in any order; tensor cores keep a few bits more than that.
+        order = shape[-1] * 2.0**-24 if dtype == torch.float32 else 2.0**-20
         close = (ulps(low, expected[2]) <= 1) | (
-            (low.double() - expected[2].double()).abs() <= 2.0**-20 * terms.view(low.shape)
+            (low.double() - expected[2].double()).abs() <= order * terms.view(low.shape)
         )
         assert close.all()
 

@@ -1,0 +1,175 @@
+"""cuda/gemm_wgmma.cu, run on the CPU, against sums in float64."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qdiff.ops import _cupy, _gemm_wgmma
+from qdiff.ops._gemm_wgmma import Tile
+
+# Each combination of tile, kind of weights and epilogue is a kernel of its own, three seconds of g++: the cases are
+# chosen to need few.
+
+
+@dataclass(frozen=True)
+class Case:
+    """One product; a linear layer is an image of one row."""
+
+    tile: Tile
+    n: int = 128
+    segments: tuple[int, ...] = (64,)
+    size: tuple[int, int, int] = (1, 1, 16)  # images, rows, columns
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    weight: int = 4
+    scale_rows: int = 1
+    rank: int = 0
+    low_dtype: torch.dtype = torch.float16
+    bias: torch.dtype | None = torch.float32
+    shift: bool = False
+    residual: bool = False
+    out_dtype: torch.dtype = torch.float16
+    extremes: bool = False
+    multiprocessors: int = 3
+
+
+WIDE, ODD, QUARTERS, HALVES = Tile(256), Tile(96), Tile(16, 4), Tile(64, 2)
+THREE = {"kernel": (3, 3), "padding": (1, 1)}
+BF16 = torch.bfloat16
+
+LINEAR = {
+    "256 tokens": Case(WIDE, n=132, segments=(672,), size=(1, 1, 300), scale_rows=300, multiprocessors=1),
+    "256 tokens, K = 32": Case(WIDE, n=20, segments=(32,), size=(1, 1, 257), scale_rows=1),
+    "256 tokens, less than a tile": Case(WIDE, n=4, segments=(320,), size=(1, 1, 3), scale_rows=3, bias=None),
+    "96 tokens": Case(ODD, n=260, segments=(320,), size=(1, 1, 100), scale_rows=100),
+    "96 tokens, K = 96": Case(ODD, n=64, segments=(96,), size=(1, 1, 97), scale_rows=97, bias=torch.float16),
+    "96 tokens, one scale for all": Case(ODD, n=64, segments=(96,), size=(1, 1, 97)),
+    "extremes": Case(ODD, n=68, segments=(672,), size=(1, 1, 20), extremes=True),
+    "codebook": Case(ODD, n=132, segments=(672,), size=(1, 1, 100), weight=5, scale_rows=2),
+    "codebook, extremes": Case(ODD, n=68, segments=(160,), size=(1, 1, 20), weight=5, extremes=True),
+    "codebook, K = 32": Case(ODD, n=132, segments=(32,), size=(1, 1, 100), weight=5),
+    "int8": Case(ODD, n=132, segments=(672,), size=(1, 1, 100), weight=8, scale_rows=100),
+    "int8, K = 96": Case(ODD, n=76, segments=(96,), size=(1, 1, 40), weight=8),
+    "16 tokens, four blocks": Case(QUARTERS, n=200, segments=(672,), size=(1, 1, 20), scale_rows=20),
+    "16 tokens, four blocks, two stages": Case(QUARTERS, n=12, segments=(160,), size=(1, 1, 16), scale_rows=16),
+    "16 tokens, four blocks, one stage": Case(QUARTERS, n=64, segments=(32,), size=(1, 1, 5)),
+    "64 tokens, two blocks": Case(HALVES, n=136, segments=(672,), size=(1, 1, 70), scale_rows=70),
+    "rank 8": Case(ODD, n=132, segments=(320,), size=(1, 1, 100), rank=8, scale_rows=100),
+    "rank 32": Case(ODD, n=68, segments=(96,), size=(1, 1, 200), rank=32),
+    "rank 48, bfloat16": Case(ODD, n=68, segments=(320,), size=(1, 1, 97), rank=48, low_dtype=BF16),
+    "rank 128": Case(ODD, n=132, segments=(672,), size=(1, 1, 200), rank=128, multiprocessors=1),
+    "rank 32, two blocks, residual": Case(
+        HALVES, n=132, segments=(320,), size=(1, 1, 100), rank=32, residual=True, out_dtype=BF16, low_dtype=BF16
+    ),
+    "rank 128, two blocks, residual": Case(
+        HALVES, n=64, segments=(320,), size=(1, 1, 60), rank=128, residual=True, out_dtype=BF16
+    ),
+    "float32": Case(ODD, n=131, segments=(320,), size=(1, 1, 100), scale_rows=100, out_dtype=torch.float32),
+    "float32, residual": Case(
+        ODD, n=131, segments=(64,), size=(1, 1, 100), scale_rows=100, residual=True, out_dtype=torch.float32
+    ),
+    "N no multiple of four": Case(ODD, n=131, segments=(96,), size=(1, 1, 100), residual=True, out_dtype=BF16),
+    "N = 1": Case(ODD, n=1, segments=(32,), size=(1, 1, 2), residual=True, out_dtype=BF16, bias=BF16),
+}
+
+CONVOLUTIONS = {
+    "C = 32": Case(ODD, n=36, segments=(32,), size=(2, 7, 5), scale_rows=2, shift=True, **THREE),
+    "C = 96, stride 2": Case(ODD, n=36, segments=(96,), size=(3, 9, 6), stride=(2, 2), residual=True, **THREE),
+    "C = 160, no padding": Case(ODD, n=132, segments=(160,), size=(1, 6, 17), kernel=(3, 3), shift=True),
+    "C = 320, stride 2, no padding": Case(ODD, n=36, segments=(320,), size=(2, 5, 7), kernel=(3, 3), stride=(2, 2)),
+    "2 x 3, strides and paddings unlike": Case(
+        ODD, n=24, segments=(64,), size=(2, 6, 9), kernel=(2, 3), stride=(1, 2), padding=(0, 1), residual=True
+    ),
+    "many tiny images": Case(
+        ODD, n=36, segments=(32,), size=(13, 3, 3), scale_rows=13, shift=True, residual=True, **THREE
+    ),
+    "one pixel an image": Case(ODD, n=36, segments=(32,), size=(5, 1, 1), scale_rows=5, shift=True, **THREE),
+    "int8": Case(ODD, n=36, segments=(96,), size=(2, 6, 5), weight=8, **THREE),
+    "codebook": Case(ODD, n=36, segments=(96,), size=(2, 6, 5), weight=5, **THREE),
+    "two segments": Case(
+        ODD, n=132, segments=(64, 96), size=(2, 8, 8), scale_rows=2, shift=True, residual=True, **THREE
+    ),
+    "four segments": Case(
+        ODD, n=36, segments=(32, 160, 64, 32), size=(3, 4, 5), scale_rows=3, shift=True, multiprocessors=1, **THREE
+    ),
+    "two segments, two blocks": Case(HALVES, n=132, segments=(64, 160), size=(2, 7, 5), scale_rows=2, **THREE),
+    "two segments, four blocks": Case(QUARTERS, n=36, segments=(32, 160), size=(2, 4, 3), scale_rows=2, **THREE),
+    "four segments, four blocks": Case(QUARTERS, n=36, segments=(32, 96, 64, 32), size=(2, 4, 3), **THREE),
+    "four blocks, C = 96, stride 2": Case(QUARTERS, n=36, segments=(96,), size=(3, 5, 5), stride=(2, 2), **THREE),
+}
+
+CASES = LINEAR | {f"convolution, {name}": case for name, case in CONVOLUTIONS.items()}
+
+
+def encode(address, sizes, strides, box, steps, swizzle):
+    """In the driver's place: a tensor map for emulate_sm90.h, where the driver would make one."""
+    rank = len(sizes)
+    assert address % 16 == 0
+    assert all(0 < size <= 2**32 for size in sizes)
+    assert len(strides) == rank - 1
+    assert all(stride % 16 == 0 and 0 < stride < 2**40 for stride in strides)
+    assert all(0 < extent <= 256 for extent in box)
+    assert all(0 < step <= 8 for step in steps)
+    assert box[0] % 16 == 0
+    assert box[0] <= 32 << (swizzle - 1)
+
+    def four(values, fill):
+        return (*values, *([fill] * (4 - len(values))))
+
+    fields = (address, rank, swizzle, *four(sizes, 1), *four(strides, 0)[:3], *four(box, 1), *four(steps, 1))
+    return struct.pack("QII7Q8I", *fields).ljust(128, b"\0")
+
+
+@pytest.fixture
+def run(load_kernel, problems, guarded, monkeypatch):
+    """`run(case, problem, dtype)`: what `_gemm_wgmma.launch` computes, its kernel emulated."""
+
+    def run_one(case: Case, problem: SimpleNamespace, dtype: torch.dtype) -> torch.Tensor:
+        def kernel(source, macros):
+            function = load_kernel(source, macros)
+            return SimpleNamespace(
+                launch=lambda grid, threads, shared, params: function(grid, (threads, 1, 1), shared, params)
+            )
+
+        monkeypatch.setattr(_cupy, "kernel", kernel)
+        monkeypatch.setattr(_cupy, "multiprocessors", lambda device: case.multiprocessors)
+        monkeypatch.setattr(_gemm_wgmma, "_encode", encode)
+        _gemm_wgmma._plan.cache_clear()
+        _gemm_wgmma._maps.clear()
+        problem = problems.guard(problem, guarded)
+        problem.out_dtype = dtype
+        x = problem.x
+        problem.x = SimpleNamespace(device=torch.device("cpu", 0), data_ptr=x.data_ptr)  # a device with an index
+        # A margin of sevens around the output shows writes beside it.
+        count = problem.B * problem.OH * problem.OW * problem.N
+        storage = torch.full((count + 512,), 7, dtype=dtype)
+        out = storage[256 : 256 + count].view(-1, problem.N)
+        assert _gemm_wgmma.fits(case.tile, problem)
+        assert _gemm_wgmma.refusal(problem) is None
+        _gemm_wgmma.launch(problem, out, case.tile)
+        assert (storage[:256] == 7).all()
+        assert (storage[256 + count :] == 7).all()
+        return out
+
+    yield run_one
+    _gemm_wgmma._plan.cache_clear()
+    _gemm_wgmma._maps.clear()
+
+
+@pytest.mark.parametrize("name", ["256 tokens", "96 tokens", "codebook", "int8", "16 tokens, four blocks"])
+def test_accumulators_bit_for_bit(name, run, problems):
+    problem = problems.make_problem(CASES[name])
+    got = run(CASES[name], problems.replace_scales(problem), torch.int32)
+    assert torch.equal(got.double(), sum(problems.accumulators(problem)))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_result(case, run, problems):
+    problem = problems.make_problem(case)
+    problems.assert_result(run(case, problem, case.out_dtype), problem)
