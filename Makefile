@@ -20,8 +20,9 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
+# Two workers with a thread each: torch's own threads would fight over two cores.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 kernels: $(INSTALLED)
 	$(BIN)/python -m pytest tests/kernels

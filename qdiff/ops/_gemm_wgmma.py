@@ -199,8 +199,11 @@ def launch(problem: Problem, out: Tensor, tile: Tile) -> None:
         out: [B, OH, OW, N] in memory.
         tile: one of TILES.
     """
-    p, x, up = problem, problem.x, problem.up
-    n, rank = p.N, 0 if up is None or p.out_dtype == torch.int32 else up.shape[1]
+    p, x, n = problem, problem.x, problem.N
+    # Integers are stored as they are: nothing is added to them.
+    added = (p.bias, p.shift, p.residual, p.up) if p.out_dtype != torch.int32 else (None, None, None, None)
+    bias, shift, residual, up = added
+    rank = 0 if up is None else up.shape[1]
     elements = out.element_size() != 2 or n % 4 != 0
     plan = _plan(
         x.device.index,
@@ -218,12 +221,12 @@ def launch(problem: Problem, out: Tensor, tile: Tile) -> None:
         rank,
         (
             _DTYPES[p.out_dtype],
-            0 if p.bias is None else _DTYPES[p.bias.dtype],
-            0 if p.shift is None else _DTYPES[p.shift.dtype],
+            0 if bias is None else _DTYPES[bias.dtype],
+            0 if shift is None else _DTYPES[shift.dtype],
             0 if p.x_low is None else _DTYPES[p.x_low.dtype],
         ),
         elements,
-        p.shift is not None or p.residual is not None,
+        shift is not None or residual is not None,
     )
     (w, h, b), c = plan.box, p.C
     weight_bytes = p.codes.shape[1]
@@ -247,7 +250,7 @@ def launch(problem: Problem, out: Tensor, tile: Tile) -> None:
         *(0 if t is None else t.data_ptr() for t in (p.multipliers, p.codebook)),
         p.scale.data_ptr(),
         p.x_scale.data_ptr(),
-        *(0 if t is None else t.data_ptr() for t in (p.bias, p.shift, p.residual, up)),
+        *(0 if t is None else t.data_ptr() for t in added),
         0 if partial is None else partial.data_ptr(),
         out.data_ptr(),
     )

@@ -87,21 +87,21 @@ _guards: dict[int, str] = {}
 def guarded(tensor: torch.Tensor, alignment: int | None = None) -> torch.Tensor:
     """A copy of `tensor` with its strides, after which the process has no memory: a kernel's read there is an error.
 
-    Between its end and the void are as few bytes as let it start at a multiple of `alignment`, by default that of an
-    element.
+    Between its end and the void are as few bytes as let it start at a multiple of `alignment`; by default as far from
+    a multiple of 16 as `tensor` starts.
     """
     if tensor.numel() == 0:
         return tensor
+    start = 0 if alignment else tensor.data_ptr() % 16
+    alignment = alignment or 16
     size = tensor.element_size()
-    alignment = alignment or size
     count = 1 + sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride()))
-    room = -(-count * size // alignment) * alignment
+    room = -(-(start + count * size) // alignment) * alignment - start
     data = -(-room // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = mmap.mmap(-1, data + mmap.PAGESIZE)
     base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mprotect(ctypes.c_void_p(base + data), ctypes.c_size_t(mmap.PAGESIZE), 0) != 0:
-        raise OSError(ctypes.get_errno(), "mprotect")
+    if ctypes.CDLL(None).mprotect(ctypes.c_void_p(base + data), ctypes.c_size_t(mmap.PAGESIZE), 0) != 0:
+        raise OSError("mprotect failed")
     _guards[base + data] = f"{tensor.dtype} {tuple(tensor.shape)}"
     flat = torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=data - room)
     return flat.as_strided(tensor.shape, tensor.stride()).copy_(tensor)

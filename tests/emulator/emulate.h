@@ -89,7 +89,8 @@ struct Fiber {
     ucontext_t context;
     dim3 index;
     int block, warp, lane;
-    enum { READY, IN_WARP, IN_BLOCK, IN_CLUSTER, IN_NAMED, IN_BARRIER, DONE } state;
+    enum { READY, LATER, IN_WARP, IN_BLOCK, IN_CLUSTER, IN_NAMED, IN_BARRIER, DONE } state;
+    int rounds;              // LATER
     int named;               // IN_NAMED
     const Barrier* barrier;  // IN_BARRIER: until this phase is over
     unsigned phase;
@@ -126,10 +127,25 @@ static ucontext_t scheduler;
 static std::function<void()> kernel;
 static std::string error;
 static long bank_conflicts;
+static unsigned dice_state;
 static size_t dynamic_shared_bytes;
 static std::function<bool()> land_copy;  // lets something asynchronous happen; false: there is nothing
 
 static void pause() { swapcontext(&self->context, &scheduler); }
+
+// Numbers without a pattern, the same in every run.
+static unsigned dice() {
+    dice_state = dice_state * 1664525 + 1013904223;
+    return dice_state >> 16;
+}
+
+// Others may come first, at times by far: for the places where a kernel hands something over.
+static void dawdle() {
+    if (dice() % 4) return;
+    self->state = Fiber::LATER;
+    self->rounds = dice() % 16 ? dice() % 3 : 100;
+    pause();
+}
 
 static std::string where() {
     return " (block " + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + ", thread " +
@@ -244,8 +260,8 @@ static void run_cluster() {
         makecontext(&fiber.context, enter, 0);
     }
     for (bool forward = true;; forward = !forward) {
-        // Every warp up to where it waits for others, now from the first to the last, then the other way round. Only
-        // when nothing else can happen do copies arrive, one at a time.
+        // Every warp up to where it waits for others, now from the first to the last, then the other way round. A copy
+        // arrives now and then, or when nothing else can happen.
         for (size_t w = 0; w < warps.size(); ++w) {
             const Warp& warp = warps[forward ? w : warps.size() - 1 - w];
             for (bool moved = true; moved;) {
@@ -259,7 +275,12 @@ static void run_cluster() {
                 }
             }
         }
-        const bool more = std::any_of(fibers.begin(), fibers.end(), can_run);
+        bool more = false;
+        for (Fiber& fiber : fibers) {
+            more = more || fiber.state == Fiber::LATER || can_run(fiber);
+            if (fiber.state == Fiber::LATER && fiber.rounds-- == 0) fiber.state = Fiber::READY;
+        }
+        if (more && land_copy && dice() % 2) land_copy();
         if (!more && !open_barriers(threads) && !(land_copy && land_copy())) break;
         if (!error.empty()) return;
     }
@@ -301,6 +322,7 @@ static const char* run(dim3 grid, dim3 block, size_t shared_bytes, unsigned clus
     error.clear();
     bank_conflicts = 0;
     land_copy = nullptr;
+    dice_state = 1;
     kernel = body;
     gridDim = grid, blockDim = block, dynamic_shared_bytes = shared_bytes;
     if (shared_bytes > SHARED_BYTES) error = "more dynamic shared memory than any GPU has";

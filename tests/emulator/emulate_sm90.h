@@ -1,7 +1,7 @@
 // Hopper's machinery on the CPU: the functions of cuda/include/sm90.cuh and wgmma.cuh.
 //
-// What is asynchronous happens as late as it may: a copy's bytes arrive when no thread can go on without them, in any
-// order, and the place is garbage from the moment the copy is asked for; a product reads its operands when it is begun,
+// What is asynchronous happens late: a copy's bytes arrive now and then, in any order, or when no thread can go on
+// without them, and the place is garbage from the moment the copy is asked for; a product reads its operands when it is begun,
 // and its result is garbage until the wait for its group. Until then neither its registers nor its rows in shared memory
 // may change. A wgmma is taken warp by warp: each has 16 rows of the product.
 #pragma once
@@ -67,7 +67,6 @@ struct Load {
     size_t bytes;
 };
 static std::vector<Load> loads;
-static unsigned dice;
 
 static void land(const Load& load) {
     const Map& map = load.map;
@@ -121,8 +120,7 @@ static void load(const char* what, unsigned rank, unsigned dst, const TensorMap*
     loads.push_back(load);
     land_copy = [] {
         if (loads.empty()) return false;
-        dice = dice * 1664525 + 1013904223;
-        const size_t which = (dice >> 16) % loads.size();
+        const size_t which = dice() % loads.size();
         const Load one = loads[which];
         loads.erase(loads.begin() + which);
         if (blocks[one.block].done == static_cast<int>(fibers.size() / blocks.size())) {
@@ -250,15 +248,20 @@ static inline void barrier_expect(unsigned bar, int bytes) {
     emulate::arrive(barrier);
 }
 
-static inline void barrier_arrive(unsigned bar) { emulate::arrive(emulate::barrier_at(bar)); }
+static inline void barrier_arrive(unsigned bar) {
+    emulate::arrive(emulate::barrier_at(bar));
+    emulate::dawdle();
+}
 
 static inline void barrier_wait(unsigned bar, unsigned parity) {
     const emulate::Barrier& barrier = emulate::barrier_at(bar);
-    if (barrier.phase != parity) return;
-    emulate::self->barrier = &barrier;
-    emulate::self->phase = parity;
-    emulate::self->state = emulate::Fiber::IN_BARRIER;
-    emulate::pause();
+    if (barrier.phase == parity) {
+        emulate::self->barrier = &barrier;
+        emulate::self->phase = parity;
+        emulate::self->state = emulate::Fiber::IN_BARRIER;
+        emulate::pause();
+    }
+    emulate::dawdle();
 }
 
 static inline void prefetch_map(const TensorMap* map) {
@@ -312,6 +315,7 @@ static inline void wgmma_commit() {
     emulate::aligned("wgmma_commit");
     emulate::self->products.push_back(std::move(emulate::self->open_products));
     emulate::self->open_products.clear();
+    emulate::dawdle();
 }
 
 // What is waited for may be used again, so the next product wants a fence.
@@ -334,6 +338,7 @@ static inline unsigned pack_bf16x2(float low, float high) {
 }
 
 static inline unsigned turn_over(unsigned v) {
+    if (emulate::self->lane == 0) emulate::dawdle();
     unsigned result;
     emulate::collective("turn_over", v, result, [](unsigned** in, unsigned** out) {
         for (int lane = 0; lane < 32; ++lane) {
@@ -357,6 +362,7 @@ static inline void store_if(bool inside, void* at, unsigned low, unsigned high) 
 
 static inline void store_shared(unsigned address, unsigned v) {
     if (address % 4) emulate::fail("store_shared: misaligned address");
+    emulate::dawdle();
     std::memcpy(emulate::shared_pointer(address, 4, "store_shared"), &v, 4);
 }
 

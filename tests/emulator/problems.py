@@ -121,7 +121,7 @@ def guard(problem: SimpleNamespace, guarded: Callable) -> SimpleNamespace:
     for name, value in changed.items():
         if isinstance(value, torch.Tensor):
             aligned = name in ("x", "codes", "codebook", "residual", "x_low", "up")
-            changed[name] = guarded(value, 16 if aligned else None)
+            changed[name] = guarded(value, 16 if aligned else value.element_size())
     return SimpleNamespace(**changed)
 
 

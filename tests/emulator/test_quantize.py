@@ -13,8 +13,8 @@ from qdiff.ops import _cupy, _quantize_cuda, quantize_per_sample, quantize_per_t
 
 
 @pytest.fixture(autouse=True)
-def device(monkeypatch, load_kernel):
-    """A GPU of two multiprocessors, emulated."""
+def device(monkeypatch, load_kernel, guarded):
+    """A GPU of two multiprocessors, emulated, whose launchers get arrays after which there is no memory."""
 
     def kernel(source, defines):
         launch = load_kernel(source, defines)
@@ -23,6 +23,14 @@ def device(monkeypatch, load_kernel):
     monkeypatch.setattr(_cupy, "kernel", kernel)
     monkeypatch.setattr(_cupy, "multiprocessors", lambda device: 2)
     monkeypatch.setattr(_cupy, "capability", lambda device: (9, 0))
+
+    for name in ("quantize_per_token", "quantize_per_sample"):
+        launcher = getattr(_quantize_cuda, name)
+
+        def with_guards(x, *rest, launcher=launcher):
+            return launcher(*(guarded(t) if isinstance(t, torch.Tensor) else t for t in (x, *rest)))
+
+        monkeypatch.setattr(_quantize_cuda, name, with_guards)
 
 
 def rows(shape, dtype, seed=0):
