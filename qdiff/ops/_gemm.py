@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -68,9 +69,9 @@ def linear(
     out = torch.empty(*x_codes.shape[:-1], n, dtype=out_dtype, device=x_codes.device)
     m = out.numel() // n
     if x_low is not None and up is not None:
-        x_low, up = _aligned(x_low.contiguous()), _aligned(up.to(x_low.dtype).contiguous())
+        x_low, up = _dense(x_low), _dense(up.to(x_low.dtype))
     problem = Problem(
-        x=_aligned(x_codes.contiguous()),
+        x=_dense(x_codes),
         B=1,
         H=1,
         W=m,
@@ -82,15 +83,15 @@ def linear(
         stride=(1, 1),
         padding=(0, 0),
         segments=(k,),
-        x_scale=x_scale.contiguous(),
+        x_scale=_dense(x_scale),
         weight_kind=_kind(multipliers, codebook),
-        codes=_aligned(codes.contiguous()),
-        multipliers=None if multipliers is None else multipliers.contiguous(),
-        codebook=None if codebook is None else _aligned(codebook.contiguous()),
-        scale=scale.contiguous(),
-        bias=None if bias is None else bias.contiguous(),
+        codes=_dense(codes),
+        multipliers=_dense(multipliers),
+        codebook=_dense(codebook),
+        scale=_dense(scale),
+        bias=_dense(bias),
         shift=None,
-        residual=None if residual is None else _aligned(residual.contiguous()),
+        residual=_dense(residual),
         x_low=x_low,
         up=up,
         out_dtype=out_dtype,
@@ -125,7 +126,7 @@ def conv2d(
     shape = (batch, n, rows, columns)
     out = torch.empty(shape, dtype=out_dtype, device=x_codes.device, memory_format=torch.channels_last)
     problem = Problem(
-        x=_aligned(x_codes.permute(0, 2, 3, 1).contiguous()),
+        x=_dense(x_codes.permute(0, 2, 3, 1)),
         B=batch,
         H=height,
         W=width,
@@ -137,15 +138,15 @@ def conv2d(
         stride=(stride[0], stride[1]),
         padding=(padding[0], padding[1]),
         segments=tuple(segments),
-        x_scale=x_scale.contiguous(),
+        x_scale=_dense(x_scale),
         weight_kind=_kind(multipliers, codebook),
-        codes=_aligned(codes.contiguous()),
-        multipliers=None if multipliers is None else multipliers.contiguous(),
-        codebook=None if codebook is None else _aligned(codebook.contiguous()),
-        scale=scale.contiguous(),
-        bias=None if bias is None else bias.contiguous(),
-        shift=None if shift is None else shift.contiguous(),
-        residual=None if residual is None else _aligned(residual.permute(0, 2, 3, 1).contiguous()),
+        codes=_dense(codes),
+        multipliers=_dense(multipliers),
+        codebook=_dense(codebook),
+        scale=_dense(scale),
+        bias=_dense(bias),
+        shift=_dense(shift),
+        residual=None if residual is None else _dense(residual.permute(0, 2, 3, 1)),
         x_low=None,
         up=None,
         out_dtype=out_dtype,
@@ -159,8 +160,15 @@ def _kind(multipliers: Tensor | None, codebook: Tensor | None) -> int:
     return 4 if multipliers is not None else 5 if codebook is not None else 8
 
 
-def _aligned(x: Tensor) -> Tensor:
-    # Both kernels read 16 bytes at a time; a view can start anywhere.
+@overload
+def _dense(x: Tensor) -> Tensor: ...
+@overload
+def _dense(x: None) -> None: ...
+def _dense(x: Tensor | None) -> Tensor | None:
+    # Kernels read 16 bytes at a time, one row after the other; a view can start anywhere.
+    if x is None:
+        return None
+    x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
