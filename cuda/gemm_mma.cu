@@ -331,10 +331,12 @@ __device__ __forceinline__ void add_low_rank(Tile& y, const Params& p, int featu
     }
 }
 
-// The same without tensor cores: for float32, for bfloat16 on Turing, for ranks that are no multiple of 8.
+// The same without tensor cores: for float32, for bfloat16 on Turing, for ranks that are no multiple of 8. Summed apart
+// and added once, like the reference's: a sum that starts with y would round every product to the last place of y.
 __device__ __forceinline__ void add_low_rank_plain(Tile& y, const Params& p, int feature, int pixel,
                                                    const Warp& warp) {
     const int pixels = p.B * p.OH * p.OW;
+    Tile sum = {};
 #pragma unroll 1
     for (int k = 0; k < p.rank; ++k) {
         const int rank = opaque(p.rank), first_row = opaque(pixel + 2 * warp.t);
@@ -349,8 +351,13 @@ __device__ __forceinline__ void add_low_rank_plain(Tile& y, const Params& p, int
             const long long row = min(first_row + j / 2 * 8 + j % 2, pixels - 1);
             const float low = load_float(p.x_low, p.low_dtype, row * rank + k);
 #pragma unroll
-            for (int i = 0; i < 2 * M_TILES; ++i) y[i / 2][j / 2][i % 2 * 2 + j % 2] += up[i] * low;
+            for (int i = 0; i < 2 * M_TILES; ++i) sum[i / 2][j / 2][i % 2 * 2 + j % 2] += up[i] * low;
         }
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * M_TILES * N_TILES; ++i) {
+        const int m = i / (4 * N_TILES), n = i / 4 % N_TILES;
+        y[m][n][i % 4] = __fadd_rn(y[m][n][i % 4], sum[m][n][i % 4]);
     }
 }
 

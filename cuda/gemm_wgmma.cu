@@ -9,10 +9,10 @@
 // consumer warpgroups. Compiled for one tile:
 //   WEIGHT     4: int4 with a multiplier a block of 32, 5: int4 with a codebook a row, 8: int8
 //   TOKENS     output pixels a tile: 16 or a multiple of 32, to 256
-//   RANK       1: with a low-rank branch
+//   RANK       of the low-rank branch in units of 32, rounded up; 0: there is none. LOW: its type, 1 half, 2 bfloat16
 //   SEGMENTED  1: channel segments with scales of their own, summed in float32
 //   OUT        results: 0 float32, or the integers themselves, 1 half, 2 bfloat16
-//   ELEMENTS   1: results are stored one by one (always with OUT 0); 0: four features at a time
+//   ELEMENTS   1: results are stored one by one (always with OUT 0); 0: by the copy engine, from shared memory
 //   EXTRAS     1: with a shift or a residual
 //   SPLIT      blocks (a cluster) that share the K axis of one tile and add up their integers
 //   STAGES     depth of the pipeline, 128 of K each
@@ -28,20 +28,26 @@
 
 constexpr int kFeatures = 128;  // of a tile, 64 a warpgroup
 constexpr int kProducerRegisters = SPLIT > 1 ? 56 : 40;  // a thread; the consumers have the rest of 512
-constexpr int kChunk = TOKENS < 32 || RANK || EXTRAS ? 16 : 32;  // tokens of a step of the epilogue
+constexpr int kChunk = TOKENS < 32 || EXTRAS ? 16 : 32;  // tokens of a step of the epilogue
+constexpr int kStored = TOKENS > 192 ? TOKENS / 2 : TOKENS;       // tokens that the copy engine stores at once
+constexpr int kStoreBytes = ELEMENTS ? 0 : kStored * 128;         // of a warpgroup's
 constexpr int kWeightRow = WEIGHT == 8 ? 128 : 64;  // bytes of a weight row in a stage of 128
 constexpr int kWeightBytes = kFeatures * kWeightRow;
 constexpr int kInputBytes = TOKENS * 128;
 constexpr int kStageBytes = kWeightBytes + kInputBytes;
 constexpr int kMultiplierBytes = WEIGHT == 4 ? 4 * kFeatures : 0;  // of a stage: one for each row and block of 32
 constexpr int kMaxSegments = 4;
+constexpr int kLowRow = 64;  // bytes of a row of the low-rank branch in a stage, 32 of its rank
 constexpr int kAccumulators = TOKENS / 2;
 constexpr int kScaled = SEGMENTED || SPLIT > 1 ? kMaxSegments : 1;  // segments whose scales are looked at
-constexpr int kTable = (kScaled + 2) * TOKENS;  // words of a warpgroup's tables
+constexpr int kTable = (kScaled + (ELEMENTS || EXTRAS ? 2 : 0)) * TOKENS;  // words of a warpgroup's tables
 constexpr int kScales = (TOKENS + 127) / 128;
+// In shared memory, after the stages and what is stored: the tables, the barriers, the multipliers.
+constexpr int kTables = STAGES * kStageBytes + 2 * kStoreBytes;
+constexpr int kBarriers = kTables + 2 * kTable * 4;
 
 struct Params {
-    TensorMap weight, input, low;
+    TensorMap weight, input, up, low, out;
     const unsigned char* multipliers;
     const signed char* codebook;
     const float* scale;
@@ -49,17 +55,16 @@ struct Params {
     const void* bias;
     const void* shift;
     const void* residual;
-    const void* up;
     float4* partial;
-    void* out;
+    void* elements;  // the output, where it is stored one by one
     int features, images, height, width;  // of the output
     int kernel_w, taps, stride_h, stride_w, padding_h, padding_w;
     int segments, channels[kMaxSegments];
-    int box_w, box_h, box_n;  // a tile's pixels are a box of columns, rows and images
+    int box_w, box_h, box_n;  // a tile's pixels are a box of columns, rows and images; so are kStored of them
     int tiles_w, tiles_h, feature_tiles, tiles;
     int rows_per_scale, is_image;
-    int multiplier_stride, rank;
-    int is_integer, bias_dtype, shift_dtype, low_is_bf16;
+    int multiplier_stride;
+    int is_integer, bias_dtype, shift_dtype;
 };
 
 // Where the K axis is: stages of 128 channels of one tap, the last of a tap with what is left of the segment's.
@@ -184,11 +189,13 @@ __device__ __forceinline__ void produce(const Params& p, unsigned stages, unsign
             }
         }
         if (RANK && (SPLIT == 1 || cluster_rank() == 0)) {
-            for (int r = 0; r < p.rank; r += 64) {
-                acquire(INPUT ? kBytes : 0);
+            for (int r = 0; r < RANK; ++r) {
+                const unsigned at = stages + ring.stage * kStageBytes, bar = full + 8 * ring.stage;
+                acquire((INPUT ? TOKENS : kFeatures) * kLowRow);
                 if (INPUT)
-                    tma_load_4d(stages + ring.stage * kStageBytes + kWeightBytes, &p.low, full + 8 * ring.stage, 2 * r,
-                                tile.column, 0, 0);
+                    tma_load_4d(at + kWeightBytes, &p.low, bar, kLowRow * r, tile.column, 0, 0);
+                else
+                    tma_load_2d(at, &p.up, bar, kLowRow * r, tile.feature);
                 ring.next();
             }
         }
@@ -258,7 +265,7 @@ __device__ __forceinline__ void produce_multipliers(const Params& p, unsigned wo
             }
         }
         if (RANK && (SPLIT == 1 || cluster_rank() == 0))
-            for (int r = 0; r < p.rank; r += 64) {
+            for (int r = 0; r < RANK; ++r) {
                 barrier_wait(empty + 8 * ring.stage, ring.phase);
                 if (lane % 32 == 0) barrier_arrive(full + 8 * ring.stage);
                 ring.next();
@@ -289,20 +296,18 @@ __device__ __forceinline__ unsigned pack2(float low, float high) {
 __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, unsigned full, unsigned empty) {
     const unsigned stages = shared_address(shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int group = warp / 4, row = 16 * (warp % 4) + lane / 8 * 4 + lane / 4 % 2, pair = 2 * (lane % 4);
+    const int group = warp / 4, row = 16 * (warp % 4) + lane / 4, pair = 2 * (lane % 4);
     const Share share(p);
     // Of a tile's tokens: the input's scales, one for each segment; where the result goes, or -1; which image it is of.
-    float* const scales = reinterpret_cast<float*>(shared + STAGES * kStageBytes) + group * kTable;
+    float* const scales = reinterpret_cast<float*>(shared + kTables) + group * kTable;
     int* const pixels = reinterpret_cast<int*>(scales + kScaled * TOKENS);
     int* const images = pixels + TOKENS;
     // Where this thread's words are: rows of 64 or 128 bytes, whose pieces of 16 the copy engine has swapped.
-    int my_weights[2], turn[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        my_weights[i] = (group * 64 + row + 2 * i) * kWeightRow + 2 * pair;
-        turn[i] = (WEIGHT == 8 ? (row + 2 * i) & 7 : (row + 2 * i) >> 1 & 3) << 4;
-    }
-    const int my_multipliers = STAGES * kStageBytes + 2 * kTable * 4 + 16 * STAGES + 4 * (group * 64 + row);
+    const int my_weights = (group * 64 + row) * kWeightRow + 2 * pair, turn = (WEIGHT == 8 ? row & 7 : row >> 1 & 3) << 4;
+    const int my_multipliers = kBarriers + 16 * STAGES + 4 * (group * 64 + row);
+    // Results on their way to the copy engine: rows of 64 features, whose pieces of 16 bytes are swapped.
+    const unsigned store = stages + STAGES * kStageBytes + group * kStoreBytes;
+    const unsigned my_store = (lane / 16 * 8 + lane % 8) * 128 + ((2 * (warp % 4) + lane / 8 % 2) ^ lane % 8) * 16;
     float4* const partial = p.partial + static_cast<long long>(2 * blockIdx.x + group) * (kAccumulators / 4) * 128 + threadIdx.x % 128;
     Ring ring{0, 0};
     auto release = [&](int s) {
@@ -326,7 +331,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 }
             }
             if (RANK && last)
-                for (int r = 0; r < p.rank; r += 64) {
+                for (int r = 0; r < RANK; ++r) {
                     barrier_wait(full + 8 * ring.stage, ring.phase);
                     release(ring.stage);
                     ring.next();
@@ -345,7 +350,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
         unsigned codebook[2][4];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int feature = min(first_feature + row + 2 * i, p.features - 1);
+            const int feature = min(first_feature + row + 8 * i, p.features - 1);
             weight_scale[i] = __ldg(p.scale + feature);
             bias_bits[i] = 0;
             if (p.bias)
@@ -358,18 +363,6 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
         }
 #pragma unroll
         for (int i = 0; i < kScales; ++i) token_scale[i] = input_scale(p, tile, min(threadIdx.x % 128 + 128 * i, TOKENS - 1));
-        // The A fragments of 32 ranks of the up-projection: the first ones are asked for before they are needed.
-        unsigned up[2][4];
-        auto read_up = [&](int r) {
-#pragma unroll
-            for (int e = 0; e < 8; ++e) {  // e = 4 half + register, as of 16-bit numbers
-                const int feature = min(first_feature + row + 2 * (e % 2), p.features - 1);
-                const int k = r + 16 * (e / 4) + 8 * (e / 2 % 2) + pair;
-                const unsigned short* const at = static_cast<const unsigned short*>(p.up) + static_cast<long long>(feature) * p.rank;
-                up[e / 4][e % 4] = k < p.rank ? __ldg(reinterpret_cast<const unsigned*>(at + k)) : 0;
-            }
-        };
-        if (RANK) read_up(0);
         auto share_tables = [&] {  // with the whole warpgroup, once its threads have read the last tile's
             named_barrier(1 + group, 128);
 #pragma unroll
@@ -379,8 +372,10 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 int b, h, w;
                 tile.pixel(p, token, b, h, w);
                 scales[token] = token_scale[i];
-                pixels[token] = b < p.images && h < p.height && w < p.width ? (b * p.height + h) * p.width + w : -1;
-                images[token] = min(b, p.images - 1);
+                if (ELEMENTS || EXTRAS) {
+                    pixels[token] = b < p.images && h < p.height && w < p.width ? (b * p.height + h) * p.width + w : -1;
+                    images[token] = min(b, p.images - 1);
+                }
             }
             for (int i = threadIdx.x % 128 + TOKENS; i < TOKENS * min(kScaled, p.segments); i += 128) scales[i] = input_scale(p, tile, i);
             named_barrier(1 + group, 128);
@@ -389,7 +384,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
         // The packed words of a stage, as soon as it is there; and the A fragments of a block of 32, unpacked from them.
         unsigned words[4][2], multipliers[2];
         auto word_at = [&](int stage, int i, int piece) {
-            return *reinterpret_cast<const unsigned*>(shared + stage * kStageBytes + my_weights[i] + ((16 * piece) ^ turn[i]));
+            return *reinterpret_cast<const unsigned*>(shared + stage * kStageBytes + my_weights + 8 * i * kWeightRow + ((16 * piece) ^ turn));
         };
         auto fetch = [&] {
             barrier_wait(full + 8 * ring.stage, ring.phase);
@@ -397,7 +392,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
             for (int i = 0; i < 2; ++i) {
                 if (WEIGHT == 4)
                     multipliers[i] =
-                        *reinterpret_cast<const unsigned*>(shared + my_multipliers + ring.stage * kMultiplierBytes + 8 * i);
+                        *reinterpret_cast<const unsigned*>(shared + my_multipliers + ring.stage * kMultiplierBytes + 32 * i);
 #pragma unroll
                 for (int block = 0; WEIGHT != 8 && block < 4; ++block) words[block][i] = word_at(ring.stage, i, block);
             }
@@ -435,26 +430,31 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
             share.stages(p, segment, first, end);
             if (SEGMENTED) add = false;  // the one before is in float32 by now
             Walk walk(p, segment, first);
-            // Four products are under way at a time, one of each block: a block's fragments are unpacked as soon as the
-            // product of the same block of the stage before is done. Blocks past the end of a tap are zeros: a branch around
-            // them would make the compiler wait for every product.
+            // The products of a stage are begun together, when those of the stage before are done: its fragments are made
+            // while they run. Blocks past the end of a tap are zeros: a branch around them would make the compiler wait for
+            // every product.
             int before = ring.stage;
             for (int i = first; i < end; ++i) {
                 fetch();
                 const int blocks = walk.here();
                 const unsigned long long desc = tile_descriptor(stages + ring.stage * kStageBytes + kWeightBytes);
 #pragma unroll
-                for (int block = 0; block < 4; ++block) {
-                    wgmma_wait<3>();
-                    unpack(block, blocks, ring.stage);
+                for (int half = 0; half < 2; ++half) {
+                    wgmma_wait<1>();
+                    if (half == 1 && i > first) release(before);
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) settled(fragments[block][e]);
+                    for (int block = 2 * half; block < 2 * half + 2; ++block) {
+                        unpack(block, blocks, ring.stage);
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) settled(fragments[block][e]);
+                    }
                     wgmma_fence();
-                    wgmma_s8(acc, fragments[block], desc + 2 * block, add || block > 0);
+#pragma unroll
+                    for (int block = 2 * half; block < 2 * half + 2; ++block)
+                        wgmma_s8(acc, fragments[block], desc + 2 * block, add || block > 0);
                     wgmma_commit();
                 }
                 add = true;
-                if (i > first) release(before);
                 before = ring.stage;
                 ring.next();
                 walk.next(p);
@@ -517,7 +517,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
         if (!SEGMENTED && !(SPLIT > 1 && p.segments > 1)) share_tables();
         const int low_stage = ring.stage;
         if (RANK)
-            for (int r = 0; r < p.rank; r += 64) {
+            for (int r = 0; r < RANK; ++r) {
                 barrier_wait(full + 8 * ring.stage, ring.phase);
                 ring.next();
             }
@@ -525,14 +525,23 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
 #pragma unroll
         for (int i = 0; i < 2; ++i)
             bias[i] = p.bias_dtype == 0 ? __uint_as_float(bias_bits[i]) : float_of_bits(bias_bits[i], p.bias_dtype);
-        // After an 8x8 block is turned over a thread has one token and two features of it; the order of a warp's rows
-        // makes those of its two blocks four features in a row.
-        const int my_feature = first_feature + 16 * (warp % 4) + 2 * pair;
-        const char* const my_residual = static_cast<const char*>(p.residual) + 2 * my_feature;
-        char* const my_out = static_cast<char*>(p.out) + 2 * my_feature;
+        constexpr int kValues = kChunk / 2;
+        float low[2][kValues];
+        auto multiply_low = [&](int chunk, float (&sums)[kValues]) {
+            int at = low_stage;
+            wgmma_fence();
+#pragma unroll
+            for (int r = 0; r < RANK; ++r) {
+                const unsigned ups = stages + at * kStageBytes, rows = ups + kWeightBytes + chunk * kChunk * kLowRow;
+                const unsigned long long a = narrow_tile_descriptor(ups + group * 64 * kLowRow), b = narrow_tile_descriptor(rows);
+                wgmma_half<LOW>(sums, a, b, r > 0);
+                wgmma_half<LOW>(sums, a + 2, b + 2, 1);
+                if (++at == STAGES) at = 0;
+            }
+            wgmma_commit();
+        };
 #pragma unroll
         for (int chunk = 0; chunk < TOKENS / kChunk; ++chunk) {
-            constexpr int kValues = kChunk / 2;
             float v[kValues];
             const int first = chunk * kValues;
 #pragma unroll
@@ -549,7 +558,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
             if (EXTRAS && p.shift) {  // eight tokens have one image
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const int feature = min(first_feature + row + 2 * i, p.features - 1);
+                    const int feature = min(first_feature + row + 8 * i, p.features - 1);
                     int current = -1;
                     float shift = 0.0f;
 #pragma unroll
@@ -563,72 +572,76 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                     }
                 }
             }
-            if (RANK) {
-                float low[kValues / 4][4] = {};
-                int at = low_stage;
-                for (int r = 0; r < p.rank; r += 32) {
-                    if (p.rank > 32) read_up(r);
-                    const unsigned char* const rows = shared + at * kStageBytes + kWeightBytes;
-#pragma unroll
-                    for (int j = 0; j < kValues / 4; ++j) {  // eight tokens, whose pieces of 16 bytes are swapped
-                        unsigned b[4];
-                        const int token = chunk * kChunk + 8 * j + lane % 8, piece = r / 8 % 8 + lane / 8;
-                        ldmatrix_x4(b, rows + token * 128 + ((piece ^ lane % 8) << 4));
-                        if (p.low_is_bf16) {
-                            mma_bf16(low[j], up[0], b[0], b[1]);
-                            mma_bf16(low[j], up[1], b[2], b[3]);
-                        } else {
-                            mma_f16(low[j], up[0], b[0], b[1]);
-                            mma_f16(low[j], up[1], b[2], b[3]);
-                        }
-                    }
-                    if (r / 32 % 2 == 1 && ++at == STAGES) at = 0;
+            if (RANK) {  // the next chunk's products run beside this one's epilogue
+                if (chunk == 0) multiply_low(0, low[0]);
+                if (chunk + 1 < TOKENS / kChunk) {
+                    multiply_low(chunk + 1, low[(chunk + 1) % 2]);
+                    wgmma_wait<1>();
+                } else {
+                    wgmma_wait<0>();
                 }
 #pragma unroll
-                for (int j = 0; j < kValues; ++j) v[j] = __fadd_rn(v[j], low[j / 4][j % 4]);
+                for (int j = 0; j < kValues; ++j) v[j] = __fadd_rn(v[j], low[chunk % 2][j]);
             }
             if (ELEMENTS) {
 #pragma unroll
                 for (int j = 0; j < kValues; ++j) {
                     const int pixel = pixels[8 * ((first + j) / 4) + pair + j % 2];
-                    const int feature = first_feature + row + 2 * (j / 2 % 2);
+                    const int feature = first_feature + row + 8 * (j / 2 % 2);
                     if (pixel < 0 || feature >= p.features) continue;
                     const long long at = static_cast<long long>(pixel) * p.features + feature;
                     if (OUT == 0) {
                         if (EXTRAS && p.residual) v[j] = __fadd_rn(v[j], __ldg(static_cast<const float*>(p.residual) + at));
-                        static_cast<unsigned*>(p.out)[at] = p.is_integer ? acc[first + j] : __float_as_uint(v[j]);
+                        static_cast<unsigned*>(p.elements)[at] = p.is_integer ? acc[first + j] : __float_as_uint(v[j]);
                     } else {
                         const unsigned short* const residual = static_cast<const unsigned short*>(p.residual) + at;
                         if (EXTRAS && p.residual) v[j] = __fadd_rn(v[j], float_of_bits(__ldg(residual), OUT));
-                        static_cast<unsigned short*>(p.out)[at] = static_cast<unsigned short>(pack2(v[j], 0.0f));
+                        static_cast<unsigned short*>(p.elements)[at] = static_cast<unsigned short>(pack2(v[j], 0.0f));
                     }
                 }
             } else {
 #pragma unroll
-                for (int j = 0; j < kValues; j += 4) {
-                    const int pixel = pixels[2 * (first + j) + lane / 4];
-                    const bool inside = pixel >= 0 && my_feature < p.features;
-                    const long long at = static_cast<long long>(pixel) * (2 * p.features);
-                    if (EXTRAS && p.residual) {
-                        uint2 four = make_uint2(0, 0);
-                        if (inside) four = __ldg(reinterpret_cast<const uint2*>(my_residual + at));
-                        const unsigned low = turn_over(four.x), high = turn_over(four.y);
-                        v[j] = __fadd_rn(v[j], float_of_bits(low & 0xffff, OUT));
-                        v[j + 1] = __fadd_rn(v[j + 1], float_of_bits(low >> 16, OUT));
-                        v[j + 2] = __fadd_rn(v[j + 2], float_of_bits(high & 0xffff, OUT));
-                        v[j + 3] = __fadd_rn(v[j + 3], float_of_bits(high >> 16, OUT));
+                for (int j = 0; EXTRAS && j < kValues; j += 2) {
+                    if (!p.residual) break;
+                    // Read as it lies in memory, two features of a token a thread; the block of 8x8 is then turned over.
+                    const int pixel = pixels[2 * (first + j / 4 * 4) + lane / 4];
+                    const int feature = first_feature + 16 * (warp % 4) + 4 * (j % 4) + pair;
+                    const long long at = static_cast<long long>(pixel) * p.features + feature;
+                    unsigned two = 0;
+                    if (pixel >= 0 && feature < p.features)
+                        two = __ldg(reinterpret_cast<const unsigned*>(static_cast<const unsigned short*>(p.residual) + at));
+                    two = turn_over(two);
+                    v[j] = __fadd_rn(v[j], float_of_bits(two & 0xffff, OUT));
+                    v[j + 1] = __fadd_rn(v[j + 1], float_of_bits(two >> 16, OUT));
+                }
+                if (chunk * kChunk % kStored == 0) {
+                    if (threadIdx.x % 128 == 0) stores_wait_read();  // what was stored last is out of the way
+                    named_barrier(1 + group, 128);
+                }
+#pragma unroll
+                for (int j = 0; j < kValues; j += 8) {  // 16 tokens
+                    const unsigned four[4] = {pack2(v[j], v[j + 1]), pack2(v[j + 2], v[j + 3]), pack2(v[j + 4], v[j + 5]),
+                                              pack2(v[j + 6], v[j + 7])};
+                    stmatrix_x4_turned(store + my_store + (chunk * kChunk % kStored + 2 * j) * 128, four);
+                }
+                if ((chunk + 1) * kChunk % kStored == 0) {
+                    fence_copy_engine();
+                    named_barrier(1 + group, 128);
+                    if (threadIdx.x % 128 == 0) {
+                        int b = tile.image, h = tile.row, w = tile.column;
+                        if (kStored < TOKENS) tile.pixel(p, (chunk + 1) * kChunk - kStored, b, h, w);
+                        tma_store_4d(&p.out, store, 2 * first_feature, w, h, b);
                     }
-                    const unsigned low = turn_over(pack2(v[j], v[j + 1])), high = turn_over(pack2(v[j + 2], v[j + 3]));
-                    store_if(inside, my_out + at, low, high);
                 }
             }
         }
         if (RANK)
-            for (int r = 0, at = low_stage; r < p.rank; r += 64) {
+            for (int r = 0, at = low_stage; r < RANK; ++r) {
                 release(at);
                 if (++at == STAGES) at = 0;
             }
     }
+    if (!ELEMENTS && threadIdx.x % 128 == 0) stores_wait_read();  // shared memory is theirs until then
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
@@ -638,7 +651,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         gemm_wgmma(const __grid_constant__ Params p) {
     SWIZZLED_SHARED(shared);
     const unsigned stages = shared_address(shared);
-    const unsigned full = stages + STAGES * kStageBytes + 2 * kTable * 4, empty = full + 8 * STAGES;
+    const unsigned full = stages + kBarriers, empty = full + 8 * STAGES;
     const int warp = threadIdx.x / 32;
 
     if (threadIdx.x == 0) {

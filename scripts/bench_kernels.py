@@ -7,6 +7,12 @@ what a layer runs: the input's quantization, with smoothing, and the product, wi
 `F.conv2d` (channels-last, cuDNN's benchmark mode; once more without bias, which torch adds in a pass of its own). fp8
 is `torch._scaled_mm` with its input's quantization, in the fastest of three ways. All in one process, competitors in
 turn: `kernel_bench/timing.py` says how. Before a shape is timed, its integers are compared with `torch._int_mm`.
+
+    python scripts/bench_kernels.py --tile-sweep [--path mma]
+
+makes the table of tiles that the package ships for this GPU, `qdiff/ops/tiles/sm_<capability>.json`: every tile of one
+matrix kernel at every shape, without quantization. What the table says about other shapes, and about the other kernel,
+stays as it is.
 """
 
 from __future__ import annotations
@@ -78,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="sections; default: all")
     parser.add_argument("--quick", action="store_true", help=f"every {QUICK_STEP}th shape")
     parser.add_argument("--path", choices=("auto", "wgmma", "mma"), default="auto", help="which matrix kernel")
-    parser.add_argument("--tile-sweep", action="store_true", help="instead: every tile at every shape")
+    parser.add_argument("--tile-sweep", action="store_true", help="instead: make the table of tiles")
     parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
     return parser.parse_args()
 

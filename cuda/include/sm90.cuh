@@ -13,6 +13,11 @@ __device__ __forceinline__ unsigned long long tile_descriptor(unsigned address) 
     return (1ull << 62) | (64ull << 32) | (1ull << 16) | ((address & 0x3ffff) >> 4);
 }
 
+// The same with rows of 64 bytes, swizzled by 64 bytes.
+__device__ __forceinline__ unsigned long long narrow_tile_descriptor(unsigned address) {
+    return (2ull << 62) | (32ull << 32) | (1ull << 16) | ((address & 0x3ffff) >> 4);
+}
+
 #ifdef QDIFF_EMULATE
 #include "emulate_sm90.h"
 #else
@@ -113,12 +118,25 @@ __device__ __forceinline__ unsigned turn_over(unsigned v) {
     return r;
 }
 
-// Eight bytes to global memory, or nothing, without a branch.
-__device__ __forceinline__ void store_if(bool inside, void* at, unsigned low, unsigned high) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.v2.b32 [%1], {%2, %3};\n}\n" ::"r"(int(inside)),
-                 "l"(at), "r"(low), "r"(high)
+// Four 8x8 blocks of 16-bit numbers to shared memory, transposed; lanes 8i..8i+7 give the rows of block i, 16 bytes each.
+__device__ __forceinline__ void stmatrix_x4_turned(unsigned row, const unsigned (&v)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(v[0]), "r"(v[1]),
+                 "r"(v[2]), "r"(v[3])
                  : "memory");
 }
+
+// What this thread wrote to shared memory is there for the copy engine, after a barrier with the thread that asks it.
+__device__ __forceinline__ void fence_copy_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// A box of shared memory to a tensor, but for what lies outside of it.
+__device__ __forceinline__ void tma_store_4d(const TensorMap* map, unsigned src, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n"
+                 "cp.async.bulk.commit_group;" ::"l"(map), "r"(src), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+                 : "memory");
+}
+
+// What this thread has asked to be stored has left shared memory.
+__device__ __forceinline__ void stores_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 __device__ __forceinline__ void store_shared(unsigned address, unsigned v) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");

@@ -34,6 +34,19 @@ def from_gemm(matrix: Tensor, segments: Sequence[int], kernel: tuple[int, int]) 
     return torch.cat(list(shaped), dim=1)
 
 
+def widen_segments(matrix: Tensor, segments: Sequence[int], widths: Sequence[int], taps: int = 1) -> Tensor:
+    """[..., C * taps] with zeros after the channels of every segment, up to its new width.
+
+    For weight matrices and, with one tap, NHWC images: where both are widened, their convolution stays the same.
+    """
+    out = matrix.new_zeros(*matrix.shape[:-1], taps * sum(widths))
+    parts = matrix.split([taps * channels for channels in segments], dim=-1)
+    rooms = out.split([taps * width for width in widths], dim=-1)
+    for part, room, channels, width in zip(parts, rooms, segments, widths):
+        room.unflatten(-1, (taps, width))[..., :channels] = part.unflatten(-1, (taps, channels))
+    return out
+
+
 def channels_to_gemm(values: Tensor, segments: Sequence[int], taps: int) -> Tensor:
     """Per-channel values [C] to the K axis [C * taps]: each segment's channels repeated for every tap."""
     return torch.cat([part.repeat(taps) for part in values.split(list(segments))])

@@ -10,7 +10,9 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from qdiff.numerics.gemm_layout import widen_segments
 from qdiff.ops import _cupy, _gemm_mma, _gemm_wgmma, _tiles
+from qdiff.ops.backend import KERNEL_BLOCK
 
 
 @dataclass(slots=True)
@@ -117,27 +119,32 @@ def conv2d(
     segments: Sequence[int],
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """`w4a8_conv2d` and `w8a8_conv2d` (no multipliers, no codebook) on checked CUDA arguments; every segment a multiple
-    of 32."""
-    batch, channels, height, width = x_codes.shape
-    n = codes.shape[0]
+    """`w4a8_conv2d` (groups of 32) and `w8a8_conv2d` (no multipliers, no codebook, any segments) on checked CUDA
+    arguments."""
+    batch, _, height, width = x_codes.shape
+    n, nhwc = codes.shape[0], x_codes.permute(0, 2, 3, 1)
+    widths = [-(-channels // KERNEL_BLOCK) * KERNEL_BLOCK for channels in segments]
+    if widths != list(segments):
+        # Such layers are few and small (the first of a denoiser), and so are the copies, made at every call.
+        nhwc = widen_segments(nhwc, segments, widths)
+        codes = widen_segments(codes, segments, widths, kernel[0] * kernel[1])
     rows = (height + 2 * padding[0] - kernel[0]) // stride[0] + 1
     columns = (width + 2 * padding[1] - kernel[1]) // stride[1] + 1
     shape = (batch, n, rows, columns)
     out = torch.empty(shape, dtype=out_dtype, device=x_codes.device, memory_format=torch.channels_last)
     problem = Problem(
-        x=_dense(x_codes.permute(0, 2, 3, 1)),
+        x=_dense(nhwc),
         B=batch,
         H=height,
         W=width,
-        C=channels,
+        C=sum(widths),
         OH=rows,
         OW=columns,
         N=n,
         kernel=(kernel[0], kernel[1]),
         stride=(stride[0], stride[1]),
         padding=(padding[0], padding[1]),
-        segments=tuple(segments),
+        segments=tuple(widths),
         x_scale=_dense(x_scale),
         weight_kind=_kind(multipliers, codebook),
         codes=_dense(codes),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _SHARED_LIMIT = 232448  # bytes a block may have on Hopper
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3}
 _MAX_RANK = 128
+_RANKS = 32  # of the low-rank branch in a stage
 _MAX_MAPS = 4096
 
 NAME = "wgmma"
@@ -43,6 +44,10 @@ TILES = [
 
 def fits(tile: Tile, problem: Problem) -> bool:
     """Whether the tile can compute the problem at all."""
+    # The low-rank branch is in the pipeline as a whole, at worst beside 8-bit weights.
+    stages = 0 if problem.up is None else -(-problem.up.shape[1] // _RANKS)
+    if stages > 2 and stages > _shared(tile, 8, False, False, True)[0]:
+        return False
     return tile.split == 1 or tile.split % len(problem.segments) == 0
 
 
@@ -79,27 +84,34 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
-def _shared(tile: Tile, weight: int, segmented: bool) -> tuple[int, int]:
+def _stored(tokens: int) -> int:
+    """How many tokens of a tile are stored at once: half of the largest tile's, for the pipeline's sake."""
+    return tokens // 2 if tokens > 192 else tokens
+
+
+def _shared(tile: Tile, weight: int, segmented: bool, elements: bool, extras: bool) -> tuple[int, int]:
     """As deep a pipeline as fits, to eight stages, and the bytes of shared memory that it makes."""
-    tables = 2 * ((4 if segmented or tile.split > 1 else 1) + 2) * tile.tokens * 4
+    tables = 2 * ((4 if segmented or tile.split > 1 else 1) + 2 * (elements or extras)) * tile.tokens * 4
+    stores = 0 if elements else 2 * _stored(tile.tokens) * 128
     stage = 2 * (128 * (64 if weight == 8 else 32) + 64 * tile.tokens) + 16 + (512 if weight == 4 else 0)
-    depth = min(8, (_SHARED_LIMIT - tables) // stage)
-    return depth, depth * stage + tables
+    depth = min(8, (_SHARED_LIMIT - tables - stores) // stage)
+    return depth, depth * stage + stores + tables
 
 
 def _defines(
-    tile: Tile, weight: int, rank: bool, segmented: bool, out: int, elements: bool, extras: bool
+    tile: Tile, weight: int, rank: int, low: int, segmented: bool, out: int, elements: bool, extras: bool
 ) -> tuple[tuple[str, int], ...]:
     return (
         ("WEIGHT", weight),
         ("TOKENS", tile.tokens),
-        ("RANK", int(rank)),
+        ("RANK", rank),
+        ("LOW", low),
         ("SEGMENTED", int(segmented)),
         ("OUT", out),
         ("ELEMENTS", int(elements)),
         ("EXTRAS", int(extras)),
         ("SPLIT", tile.split),
-        ("STAGES", _shared(tile, weight, segmented)[0]),
+        ("STAGES", _shared(tile, weight, segmented, elements, extras)[0]),
     )
 
 
@@ -114,15 +126,15 @@ class _Plan(NamedTuple):
     partial: int  # bytes of workspace
 
 
-_POINTERS = struct.Struct("10Q")
-_INTEGERS = struct.Struct("30i56x")  # to a multiple of 64 bytes, as the tensor maps make the struct
+_POINTERS = struct.Struct("9Q")
+_INTEGERS = struct.Struct("28i8x")  # to a multiple of 64 bytes, as the tensor maps make the struct
 _NO_MAP = bytes(128)
 
 
 class _Params(ctypes.Structure):
-    """The kernel's parameters: three tensor maps, ten pointers, thirty integers."""
+    """The kernel's parameters: five tensor maps, nine pointers, 28 integers."""
 
-    _fields_ = [("data", ctypes.c_ubyte * (3 * 128 + _POINTERS.size + _INTEGERS.size))]
+    _fields_ = [("data", ctypes.c_ubyte * (5 * 128 + _POINTERS.size + _INTEGERS.size))]
 
 
 @lru_cache(maxsize=2048)
@@ -157,16 +169,18 @@ def _plan(
         *(len(segments), *segments, *([0] * (4 - len(segments)))),
         *(*box, tiles_w, tiles_h, feature_tiles, tiles),
         *(max(1, items // max(1, scale_rows)), int(not linear)),
-        *((sum(segments) * kernel[0] * kernel[1] // 32 + 1) // 2, rank),
-        *(int(out == 3), bias, shift, int(low == 2)),
+        *((sum(segments) * kernel[0] * kernel[1] // 32 + 1) // 2,),
+        *(int(out == 3), bias, shift),
     )
     segmented = tile.split == 1 and len(segments) > 1 and out != 3
-    source = _cupy.kernel("gemm_wgmma", _defines(tile, weight, rank > 0, segmented, out % 3, elements, extras))
+    source = _cupy.kernel(
+        "gemm_wgmma", _defines(tile, weight, -(-rank // _RANKS), low, segmented, out % 3, elements, extras)
+    )
     blocks = tiles * tile.split if tile.split > 1 else min(tiles, _cupy.multiprocessors(torch.device("cuda", device)))
     return _Plan(
         source,
         (blocks, 1, 1),
-        _shared(tile, weight, segmented)[1],
+        _shared(tile, weight, segmented, elements, extras)[1],
         integers,
         box,
         blocks * tile.tokens * 512 if segmented else 0,
@@ -191,6 +205,14 @@ def _box(tokens: int, images: int, height: int, width: int, stride: tuple[int, i
     return min(boxes, key=lambda box: -(-width // box[0]) * -(-height // box[1]) * -(-images // box[2]))
 
 
+def _stored_box(box: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The part of a tile's box that is stored at once; a half, where it is one, of its last dimension."""
+    w, h, n = box
+    if _stored(w * h * n) == w * h * n:
+        return box
+    return (w, h, n // 2) if n > 1 else (w, h // 2, 1) if h > 1 else (w // 2, 1, 1)
+
+
 def launch(problem: Problem, out: Tensor, tile: Tile) -> None:
     """Compute `problem` into `out`, on the current stream.
 
@@ -204,7 +226,7 @@ def launch(problem: Problem, out: Tensor, tile: Tile) -> None:
     added = (p.bias, p.shift, p.residual, p.up) if p.out_dtype != torch.int32 else (None, None, None, None)
     bias, shift, residual, up = added
     rank = 0 if up is None else up.shape[1]
-    elements = out.element_size() != 2 or n % 4 != 0
+    elements = out.element_size() != 2 or n % 8 != 0
     plan = _plan(
         x.device.index,
         tile,
@@ -223,7 +245,7 @@ def launch(problem: Problem, out: Tensor, tile: Tile) -> None:
             _DTYPES[p.out_dtype],
             0 if bias is None else _DTYPES[bias.dtype],
             0 if shift is None else _DTYPES[shift.dtype],
-            0 if p.x_low is None else _DTYPES[p.x_low.dtype],
+            0 if up is None or p.x_low is None else _DTYPES[p.x_low.dtype],
         ),
         elements,
         shift is not None or residual is not None,
@@ -240,21 +262,29 @@ def launch(problem: Problem, out: Tensor, tile: Tile) -> None:
         (1, p.stride[1], p.stride[0], 1),
         3,
     )
-    low_map = _NO_MAP
+    up_map = low_map = _NO_MAP
     if rank and p.x_low is not None:
         r = 2 * rank
-        low_map = _map(p.x_low.data_ptr(), (r, p.OW, 1, 1), (r, r * p.OW, r * p.OW), (128, w, 1, 1), (1, 1, 1, 1), 3)
+        up_map = _map(up.data_ptr(), (r, n), (r,), (64, 128), (1, 1), 2)
+        low_map = _map(p.x_low.data_ptr(), (r, p.OW, 1, 1), (r, r * p.OW, r * p.OW), (64, w, 1, 1), (1, 1, 1, 1), 2)
+    out_map = _NO_MAP
+    if not elements:
+        r = 2 * n
+        sizes, strides = (r, p.OW, p.OH, p.B), (r, r * p.OW, r * p.OW * p.OH)
+        out_map = _map(out.data_ptr(), sizes, strides, (128, *_stored_box(plan.box)), (1, 1, 1, 1), 3)
     # Sums of the segments that are done, in float32: what does not fit the registers beside the accumulators.
     partial = torch.empty(plan.partial, dtype=torch.uint8, device=x.device) if plan.partial else None
     pointers = _POINTERS.pack(
         *(0 if t is None else t.data_ptr() for t in (p.multipliers, p.codebook)),
         p.scale.data_ptr(),
         p.x_scale.data_ptr(),
-        *(0 if t is None else t.data_ptr() for t in added),
+        *(0 if t is None else t.data_ptr() for t in added[:3]),
         0 if partial is None else partial.data_ptr(),
         out.data_ptr(),
     )
-    params = _Params.from_buffer_copy(b"".join((weight_map, input_map, low_map, pointers, plan.integers)))
+    params = _Params.from_buffer_copy(
+        b"".join((weight_map, input_map, up_map, low_map, out_map, pointers, plan.integers))
+    )
     plan.kernel.launch(plan.grid, 384, plan.shared_bytes, params)
 
 
@@ -315,15 +345,16 @@ def _encode(
 
 # A cover of what `launch` may ask for: every tile, and with some of them every other macro.
 VARIANTS = [
-    ("gemm_wgmma", _defines(tile, weight, rank, segmented, out, elements, extras))
+    ("gemm_wgmma", _defines(tile, weight, rank, low, segmented, out, elements, extras))
     for tile in TILES
     for weight in (4, 5, 8)
-    for rank, segmented, out, elements, extras in (
-        (False, False, 1, False, False),
-        (True, False, 2, False, True),
-        (False, True, 1, False, True),
-        (False, False, 0, True, True),
-        (True, False, 1, True, False),
+    for rank, low, segmented, out, elements, extras in (
+        (0, 0, False, 1, False, False),
+        (1, 2, False, 2, False, True),
+        (0, 0, True, 1, False, True),
+        (0, 0, False, 0, True, True),
+        (4, 1, False, 1, True, False),
+        (1, 1, False, 1, False, False),
     )
     if (weight == 4 or tile in (Tile(256), Tile(128), Tile(64, 4)))
     and (not (rank or segmented or elements) or tile in (Tile(256), Tile(160), Tile(64, 4)))

@@ -1,7 +1,8 @@
 """Which tile computes a problem: what was measured on this kind of GPU, or else a rule of thumb.
 
-Measurements are JSON, {problem: tile}. Those in `tiles/` come with the package, one file for each compute capability;
-with QDIFF_TUNE=1 a problem that has none is measured when it is first seen, and kept beside the compiled kernels.
+Measurements are JSON, {problem: tile}. Those in `tiles/` come with the package, one file for each compute capability,
+which `scripts/bench_kernels.py --tile-sweep` writes; with QDIFF_TUNE=1 a problem that has none is measured when it is
+first seen, and kept beside the compiled kernels.
 """
 
 from __future__ import annotations
@@ -47,31 +48,35 @@ _chosen: dict[tuple, Any] = {}
 def choose(kernels: Kernels[Tile], problem: Problem, out: Tensor) -> Tile:
     """The tile for `problem`: measured, or guessed. With QDIFF_TUNE=1, `out` is computed to find out."""
     p = problem
-    key = (kernels.NAME, out.device, p.B, p.OH, p.OW, p.N, p.segments, p.kernel, p.stride)
+    rank = 0 if p.up is None else p.up.shape[1]  # a tile may have no room for it
+    key = (kernels.NAME, out.device, p.B, p.OH, p.OW, p.N, p.segments, p.kernel, p.stride, rank)
     found: Tile | None = _chosen.get(key)
     if found is None:
-        found = _chosen[key] = _find(kernels, problem, out, _text(*key[2:], kernels.NAME))
+        found = _chosen[key] = _find(kernels, problem, out)
     return found
 
 
-def _text(
-    images: int,
-    height: int,
-    width: int,
-    features: int,
-    segments: tuple[int, ...],
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    path: str,
-) -> str:
+def describe(kernels: Kernels[Tile], problem: Problem) -> str:
     """A problem as the files name it. Weight formats and low-rank branches have a shape's best tile in common."""
-    window = f"{kernel[0]}x{kernel[1]}/{stride[0]}"
-    return f"{path} {images}x{height}x{width} {'+'.join(map(str, segments))} {window} {features}"
+    p = problem
+    window = f"{p.kernel[0]}x{p.kernel[1]}/{p.stride[0]}"
+    return f"{kernels.NAME} {p.B}x{p.OH}x{p.OW} {'+'.join(map(str, p.segments))} {window} {p.N}"
 
 
-def _find(kernels: Kernels[Tile], problem: Problem, out: Tensor, text: str) -> Tile:
-    capability = _cupy.capability(out.device)
-    tiles = [tile for tile in kernels.TILES if kernels.fits(tile, problem)]
+def fitting(kernels: Kernels[Tile], problem: Problem) -> list[Tile]:
+    """The tiles that can compute a problem."""
+    return [tile for tile in kernels.TILES if kernels.fits(tile, problem)]
+
+
+def ship(capability: tuple[int, int], found: dict[str, str]) -> Path:
+    """Write measurements to the package's own file, whose other problems stay in it; returns its path."""
+    path = _shipped(capability)
+    path.write_bytes(_with(path, found))
+    return path
+
+
+def _find(kernels: Kernels[Tile], problem: Problem, out: Tensor) -> Tile:
+    capability, text, tiles = _cupy.capability(out.device), describe(kernels, problem), fitting(kernels, problem)
     name = _measured(capability).get(text)
     if name is None and os.environ.get("QDIFF_TUNE") == "1" and not torch.cuda.is_current_stream_capturing():
         name = _measure(problem, out, tiles, kernels.launch)
@@ -115,8 +120,13 @@ def _measured(capability: tuple[int, int]) -> dict[str, str]:
 def _keep(capability: tuple[int, int], key: str, name: str) -> None:
     _measured(capability)[key] = name
     path = _kept(capability)
+    _cupy.write(path, _with(path, {key: name}))
+
+
+def _with(path: Path, found: dict[str, str]) -> bytes:
+    """What the file holds once these measurements are in it."""
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    _cupy.write(path, json.dumps(before | {key: name}, indent=0, sort_keys=True).encode())
+    return json.dumps(before | found, indent=0, sort_keys=True).encode()
 
 
 def _shipped(capability: tuple[int, int]) -> Path:

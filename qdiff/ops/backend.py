@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, cast, get_args
 
@@ -82,16 +82,6 @@ def refuses_linear(k: int, group_size: int, weight_is_4bit: bool) -> str | None:
     """Why the matrix kernels do not take a linear layer with K = k, or None."""
     if k % KERNEL_BLOCK or k == 0:
         return f"input width {k}, expected a multiple of {KERNEL_BLOCK}"
-    if weight_is_4bit and group_size != KERNEL_BLOCK:
-        return f"group_size {group_size}, expected {KERNEL_BLOCK}"
-    return None
-
-
-def refuses_conv(segments: Sequence[int], group_size: int, weight_is_4bit: bool) -> str | None:
-    """Why the matrix kernels do not take a convolution with these channel segments, or None."""
-    for width in segments:
-        if width % KERNEL_BLOCK:
-            return f"channel segments {list(segments)}, expected multiples of {KERNEL_BLOCK}"
     if weight_is_4bit and group_size != KERNEL_BLOCK:
         return f"group_size {group_size}, expected {KERNEL_BLOCK}"
     return None

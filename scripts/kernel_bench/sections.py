@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -12,8 +13,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,9 @@ from torch import Tensor
 
 from kernel_bench.fp8 import Fp8Linear
 from kernel_bench.problems import ConvProblem, ConvShape, LinearProblem, LinearShape, Weights, random_bytes
-from kernel_bench.timing import Timing, copies_for, race
+from kernel_bench.timing import Timing, copies_for, glance, race
 from qdiff import ops
-from qdiff.ops import _cupy, _gemm, _gemm_wgmma
+from qdiff.ops import _cupy, _gemm, _tiles
 
 Row = dict[str, Any]
 
@@ -34,6 +35,8 @@ RANK = 32
 # Layers of few rows are read from DRAM in a pass through a model; it takes this many to overflow the L2 cache.
 MOST_SMALL_COPIES = 512
 ENQUEUES, ENQUEUE_ROUNDS = 2000, 5
+# Tiles that a first glance finds slower than so many times the fastest are not timed any further.
+NEARLY_FASTEST = 1.15
 
 
 def progress(text: str) -> None:
@@ -226,24 +229,40 @@ def first_call() -> Iterator[Row]:
 
 
 def tile_sweep(linears: list[LinearShape], convs: list[ConvShape]) -> Iterator[Row]:
-    """Every tile of the Hopper kernel for every shape, without quantization: what `_gemm_wgmma.choose` must find."""
-    # In parallel and not as they are needed: there are many.
-    wanted = [
-        (source, defines) for source, defines in _gemm_wgmma.VARIANTS if {("WEIGHT", 4), ("RANK", 0)} <= {*defines}
-    ]
-    _cupy.compile_all(wanted, threads=os.cpu_count() or 1)
-    return _each([*linears, *convs], _tile_sweep)
+    """Every tile for every shape, without quantization; the fastest become the table that `_tiles.choose` reads."""
+    fastest: dict[str, str] = {}
+    for row in _each([*linears, *convs], _tile_sweep):
+        if "error" not in row:
+            fastest[row["problem"]] = min(row["us"], key=lambda name: _or_inf(row["us"][name]))
+        yield row
+    path = _tiles.ship(torch.cuda.get_device_capability(), fastest)
+    progress(f"{len(fastest)} tiles written to {path}")
 
 
 def _tile_sweep(shape: LinearShape | ConvShape) -> Row:
     copies = copies_for(shape.cold_bytes)
     problem = LinearProblem(shape, copies) if isinstance(shape, LinearShape) else ConvProblem(shape, copies)
     problem.prepare_codes()
-    segments = (shape.k,) if isinstance(shape, LinearShape) else shape.segments
-    wanted = SimpleNamespace(segments=segments, out_dtype=torch.float16)  # all that `fits` looks at
-    names = [tile.name for tile in _gemm_wgmma.TILES if _gemm_wgmma.fits(tile, wanted)]
-    competitors = {"chosen": problem.gemm4} | {name: _with_tile(problem.gemm4, name) for name in names}
-    return _row(shape, race(competitors, copies))
+    kernels, asked, _ = _arguments(_tiles, "choose", problem.gemm4)
+    guess = kernels.guess(asked).name
+    calls = {tile.name: _with_tile(problem.gemm4, tile.name) for tile in _tiles.fitting(kernels, asked)}
+    # In parallel and not as they are needed: the first shapes need many.
+    _cupy.compile_all([_arguments(_cupy, "kernel", call) for call in calls.values()], threads=os.cpu_count() or 1)
+    rough = {name: glance(call, copies) for name, call in calls.items()}
+    limit = NEARLY_FASTEST * min(rough.values())
+    timings = race({name: calls[name] for name, us in rough.items() if us <= limit or name == guess}, copies)
+    return _row(shape, timings) | {"problem": _tiles.describe(kernels, asked), "guess": guess}
+
+
+class _Reached(Exception):  # noqa: N818  no error
+    pass
+
+
+def _arguments(module: Any, name: str, call: Callable[[int], Any]) -> tuple[Any, ...]:
+    """The arguments with which a call comes to this function of a module, where it is made to end."""
+    with mock.patch.object(module, name, side_effect=_Reached) as function, contextlib.suppress(_Reached):
+        call(0)
+    return tuple(function.call_args.args)
 
 
 def _with_tile(call: Callable[[int], Any], name: str) -> Callable[[int], Any]:

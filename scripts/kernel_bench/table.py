@@ -80,12 +80,13 @@ def _first_call(row: Row) -> str:
 
 def _tiles(row: Row) -> str:
     us = {name: value for name, value in row["us"].items() if not math.isnan(value)}
-    chosen = us.pop("chosen", math.nan)
-    tiles = sorted(us, key=us.__getitem__)[:3]
-    best = min(us.values(), default=math.nan)
-    return (
-        f"{row['name']:27}{chosen:7.1f} ({chosen / best:.2f})  {', '.join(f'{name} {us[name]:.1f}' for name in tiles)}"
-    )
+    best = ", ".join(f"{name} {us[name]:.1f}" for name in sorted(us, key=us.__getitem__)[:3])
+    return f"{row['name']:27}{row['guess']:>9}{row['us'][row['guess']]:7.1f} ({_guess_over_best(row):.2f})  {best}"
+
+
+def _guess_over_best(row: Row) -> float:
+    times = [us for us in row["us"].values() if not math.isnan(us)]
+    return row["us"][row["guess"]] / min(times, default=math.nan)
 
 
 FORMATS: dict[str, Callable[[Row], str]] = {
@@ -99,7 +100,7 @@ FORMATS: dict[str, Callable[[Row], str]] = {
     "first_call": _first_call,
 }
 HEADS = {
-    "tile_sweep": ["TILES, us: chosen (over the best), and the three best"],
+    "tile_sweep": ["TILES, us: the guess (over the best), and the three best"],
     "linear": [
         "LINEAR, us (fp8: s static scale, d dynamic, r rows)",
         "M x N x K           w4a8 = quant. +   gemm rank32    w8a8 |   fp16 ratio |    fp8  ratio",
@@ -146,6 +147,7 @@ def summary(sections: Sections) -> list[str]:
         out.append(f"quantization at {100 * min(rates)[0]:.0f} % of copy or better ({min(rates)[1]})")
     if used := [row["workspace"] for row in (*linear, *small, *conv)]:
         out.append(f"workspace of an operator: at most {max(used) / 2**20:.1f} MiB")
+    out += _guesses([row for row in sections.get("tile_sweep", []) if "error" not in row])
     out += _totals(linear, small, conv)
     failed = [row["name"] for rows in sections.values() for row in rows if "error" in row or not row.get("exact", True)]
     return [*out, f"FAILED: {', '.join(failed)}" if failed else "nothing failed; all integer products exact"]
@@ -158,6 +160,14 @@ def _spread(title: str, pairs: Iterable[tuple[Row, float]]) -> list[str]:
     (low, where), (high, _) = min(known), max(known)
     mean = statistics.geometric_mean(value for value, _ in known)
     return [f"{title:36}{mean:6.3f}  {low:.2f} ({where}) to {high:.2f}, {len(known)} shapes"]
+
+
+def _guesses(rows: list[Row]) -> list[str]:
+    slower = [(_guess_over_best(row), row["name"]) for row in rows]
+    if not (known := [pair for pair in slower if not math.isnan(pair[0])]):
+        return []
+    mean, (worst, name) = statistics.geometric_mean(times for times, _ in known), max(known)
+    return [f"guessed tiles take {mean:.3f} times as long as the best (geometric mean), at most {worst:.2f} ({name})"]
 
 
 def _of_peak(rows: list[Row], peaks: list[Row]) -> list[str]:

@@ -47,6 +47,11 @@ def copies_for(bytes_of_one: float, most: int = MOST_COPIES) -> int:
     return max(1, min(most, math.ceil(COLD_BYTES / bytes_of_one)))
 
 
+def glance(call: Call, copies: int) -> float:
+    """Microseconds of a call, roughly: one replay of one pass over the copies."""
+    return _measure(_prepare(call, copies, lengthened=False), replays=1)[0]
+
+
 def race(competitors: dict[str, Call], copies: int) -> dict[str, Timing]:
     """The median time of a call of each. One that raises is out, and its timing says why; a broken device raises."""
     torch.cuda.empty_cache()  # what the graphs of the race before held
@@ -76,7 +81,7 @@ def _side_stream() -> torch.cuda.Stream:
     return _stream
 
 
-def _prepare(call: Call, copies: int) -> _Run:
+def _prepare(call: Call, copies: int, lengthened: bool = True) -> _Run:
     results: list[Any] = [None] * copies  # a copy's result lives until its next turn: results are cold memory too
 
     def run(passes: int) -> None:
@@ -93,6 +98,8 @@ def _prepare(call: Call, copies: int) -> _Run:
     except RuntimeError:
         torch.cuda.synchronize()
         replay, note = (lambda: run(1)), "eager"
+    if not lengthened:
+        return _Run(replay, copies, note)
     once = statistics.median(_measure(_Run(replay, 1, "")))
     passes = max(1, round(REPLAY_US / once))
     if passes > 1 and not note:
@@ -114,9 +121,9 @@ def _capture(body: Callable[[], None]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _measure(run: _Run) -> list[float]:
+def _measure(run: _Run, replays: int = REPLAYS) -> list[float]:
     # Queued back to back: only the first replay, which is thrown away, waits for the host.
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 2)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 2)]
     for i, event in enumerate(events):
         if i:
             run.replay()

@@ -77,12 +77,23 @@ struct Accumulator {
     int under_way;
     std::vector<unsigned> values;
 };
+struct Operand {  // in shared memory
+    unsigned long long descriptor;
+    std::vector<unsigned char> was;
+};
 struct Product {
     unsigned* accumulator;
-    const unsigned* a;
+    const unsigned* a;  // registers, or null
     unsigned a_was[4];
-    unsigned long long descriptor;
-    std::vector<unsigned char> b_was;
+    std::vector<Operand> shared;
+};
+
+// A copy from shared memory that is under way.
+struct Store {
+    unsigned char map[128];
+    int at[4];
+    unsigned address;
+    std::vector<unsigned char> bytes;
 };
 
 struct Fiber {
@@ -99,6 +110,8 @@ struct Fiber {
     std::vector<Accumulator> accumulators;
     std::vector<Product> open_products;
     std::deque<std::vector<Product>> products;
+    std::vector<Store> stores;  // under way
+    bool unfenced;  // wrote to shared memory what the copy engine may not see yet
     bool fenced;
 };
 
@@ -192,6 +205,7 @@ static void collective(const char* operation, In& in, Out& out, Apply apply) {
 static void enter() {
     kernel();
     if (!self->products.empty() || !self->open_products.empty()) fail("the thread ends with products under way");
+    if (!self->stores.empty()) fail("the thread ends with stores under way");
     self->state = Fiber::DONE;
     ++blocks[self->block].done;
     pause();

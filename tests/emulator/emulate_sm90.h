@@ -58,6 +58,47 @@ struct Map {
 };
 static_assert(sizeof(Map) <= sizeof(TensorMap), "it has room there");
 
+// Calls one(place in shared memory, place in the tensor or null) for each byte of a box.
+template <class One>
+static void each_byte(const Map& map, const int (&at)[4], unsigned address, size_t bytes, One one) {
+    unsigned line[4] = {};  // counts the box's elements; [0] is of bytes, contiguous in memory
+    for (size_t done = 0; done < bytes; done += map.box[0]) {
+        auto* global = reinterpret_cast<unsigned char*>(map.address);
+        bool inside = true;
+        for (unsigned d = 1; d < map.rank; ++d) {
+            const int64_t place = at[d] + static_cast<int64_t>(line[d]) * map.steps[d];
+            inside = inside && place >= 0 && place < static_cast<int64_t>(map.sizes[d]);
+            if (inside) global += place * map.strides[d - 1];
+        }
+        for (unsigned byte = 0; byte < map.box[0]; ++byte) {
+            const int64_t place = at[0] + static_cast<int64_t>(byte);
+            const unsigned plain = address + done + byte;
+            const unsigned turn = map.swizzle == 3 ? plain >> 7 & 7 : map.swizzle == 2 ? plain >> 7 & 3 : 0;
+            const bool valid = inside && place >= 0 && place < static_cast<int64_t>(map.sizes[0]);
+            one(static_cast<int>((plain ^ turn << 4) - address), valid ? global + place : nullptr);
+        }
+        for (unsigned d = 1; d < map.rank; ++d) {
+            if (++line[d] < (map.box[d] + map.steps[d] - 1) / map.steps[d]) break;
+            line[d] = 0;
+        }
+    }
+}
+
+static size_t box_bytes(const Map& map) {
+    size_t bytes = map.box[0];
+    for (unsigned d = 1; d < map.rank; ++d) bytes *= (map.box[d] + map.steps[d] - 1) / map.steps[d];
+    return bytes;
+}
+
+static Map map_of(const char* what, const TensorMap* tensor_map, unsigned rank, unsigned address) {
+    Map map;
+    std::memcpy(&map, tensor_map, sizeof(Map));
+    if (reinterpret_cast<uintptr_t>(tensor_map) % 64) fail(std::string(what) + ": misaligned tensor map");
+    if (map.rank != rank) fail(std::string(what) + ": a tensor map of another rank");
+    if (address % (map.swizzle == 3 ? 1024 : 512)) fail(std::string(what) + ": the swizzle's pattern starts elsewhere");
+    return map;
+}
+
 struct Load {
     Map map;
     int at[4], block;
@@ -69,28 +110,8 @@ struct Load {
 static std::vector<Load> loads;
 
 static void land(const Load& load) {
-    const Map& map = load.map;
-    unsigned line[4] = {};  // counts the box's elements; [0] is of bytes, contiguous in memory
-    for (size_t done = 0; done < load.bytes; done += map.box[0]) {
-        const unsigned char* from = reinterpret_cast<const unsigned char*>(map.address);
-        bool inside = true;
-        for (unsigned d = 1; d < map.rank; ++d) {
-            const int64_t at = load.at[d] + static_cast<int64_t>(line[d]) * map.steps[d];
-            inside = inside && at >= 0 && at < static_cast<int64_t>(map.sizes[d]);
-            if (inside) from += at * map.strides[d - 1];
-        }
-        for (unsigned byte = 0; byte < map.box[0]; ++byte) {
-            const int64_t at = load.at[0] + static_cast<int64_t>(byte);
-            const unsigned plain = load.address + done + byte;
-            const unsigned turn = map.swizzle == 3 ? plain >> 7 & 7 : map.swizzle == 2 ? plain >> 7 & 3 : 0;
-            const bool valid = inside && at >= 0 && at < static_cast<int64_t>(map.sizes[0]);
-            load.to[static_cast<int>((plain ^ turn << 4) - load.address)] = valid ? from[at] : 0;
-        }
-        for (unsigned d = 1; d < map.rank; ++d) {
-            if (++line[d] < (map.box[d] + map.steps[d] - 1) / map.steps[d]) break;
-            line[d] = 0;
-        }
-    }
+    each_byte(load.map, load.at, load.address, load.bytes,
+              [&](int place, const unsigned char* from) { load.to[place] = from ? *from : 0; });
     load.barrier->bytes -= load.bytes;
     end_phase(*load.barrier);
 }
@@ -98,13 +119,9 @@ static void land(const Load& load) {
 static void load(const char* what, unsigned rank, unsigned dst, const TensorMap* tensor_map, unsigned bar,
                  const int (&at)[4]) {
     Load load;
-    std::memcpy(&load.map, tensor_map, sizeof(Map));
-    if (reinterpret_cast<uintptr_t>(tensor_map) % 64) fail(std::string(what) + ": misaligned tensor map");
-    if (load.map.rank != rank) fail(std::string(what) + ": a tensor map of another rank");
-    load.bytes = load.map.box[0];
-    for (unsigned d = 1; d < rank; ++d) load.bytes *= (load.map.box[d] + load.map.steps[d] - 1) / load.map.steps[d];
+    load.map = map_of(what, tensor_map, rank, dst);
+    load.bytes = box_bytes(load.map);
     std::memcpy(load.at, at, sizeof(at));
-    if (dst % (load.map.swizzle == 3 ? 1024 : 512)) fail(std::string(what) + ": the swizzle's pattern starts elsewhere");
     load.block = self->block;
     load.address = dst;
     load.to = shared_pointer(dst, load.bytes, what);
@@ -131,6 +148,17 @@ static void load(const char* what, unsigned rank, unsigned dst, const TensorMap*
     };
 }
 
+// The bytes leave when their thread waits for them, as late as they may; until then none may change.
+static void leave(const Store& store) {
+    Map map;
+    std::memcpy(&map, store.map, sizeof(Map));
+    const unsigned char* const from = shared_pointer(store.address, store.bytes.size(), "tma_store");
+    if (std::memcmp(from, store.bytes.data(), store.bytes.size())) fail("tma_store: its bytes changed while it was under way");
+    each_byte(map, store.at, store.address, store.bytes.size(), [&](int place, unsigned char* to) {
+        if (to) *to = store.bytes[place];
+    });
+}
+
 // ---- wgmma
 
 struct Wgmma {
@@ -141,16 +169,17 @@ struct Wgmma {
     int add;
 };
 
-// The rows of B that a descriptor means, 32 bytes each, taken out of the swizzle.
-static std::vector<unsigned char> gather(unsigned long long descriptor, int columns) {
+// The rows that a descriptor means, 32 bytes of each, taken out of the swizzle: of rows of 128 bytes, or of 64.
+static std::vector<unsigned char> gather(unsigned long long descriptor, int count) {
     const unsigned start = (descriptor & 0x3fff) << 4, group = (descriptor >> 32 & 0x3fff) << 4;
-    if (descriptor >> 62 != 1 || descriptor >> 49 & 7) fail("wgmma: not a descriptor with a 128-byte swizzle");
-    std::vector<unsigned char> rows(columns * 32);
+    const unsigned layout = descriptor >> 62, row = layout == 1 ? 128 : 64, turns = layout == 1 ? 7 : 3;
+    if (layout < 1 || layout > 2 || descriptor >> 49 & 7) fail("wgmma: not a descriptor with a 128- or 64-byte swizzle");
+    std::vector<unsigned char> rows(count * 32);
     const unsigned rank = self->block << RANK_SHIFT;
-    for (int n = 0; n < columns; ++n) {
+    for (int n = 0; n < count; ++n) {
         for (int piece = 0; piece < 32; piece += 16) {
-            const unsigned at = start + n / 8 * group + n % 8 * 128 + piece;
-            std::memcpy(&rows[n * 32 + piece], shared_pointer(rank | (at ^ (at >> 7 & 7) << 4), 16, "wgmma"), 16);
+            const unsigned at = start + n / 8 * group + n % 8 * row + piece;
+            std::memcpy(&rows[n * 32 + piece], shared_pointer(rank | (at ^ (at >> 7 & turns) << 4), 16, "wgmma"), 16);
         }
     }
     return rows;
@@ -202,17 +231,63 @@ static void begin_product(Wgmma** lanes) {
             d.values[i] = sums[lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2];
             one.d[i] = POISON;
         }
-        Product product = {one.d, one.a, {one.a[0], one.a[1], one.a[2], one.a[3]}, one.descriptor, {}};
-        if (lane == 0) product.b_was = rows;
+        Product product = {one.d, one.a, {one.a[0], one.a[1], one.a[2], one.a[3]}, {}};
+        if (lane == 0) product.shared.push_back({one.descriptor, rows});
+        one.fiber->open_products.push_back(product);
+    }
+    ++warps[self->warp].products;
+}
+
+struct WgmmaHalf {
+    Fiber* fiber;
+    float* d;
+    unsigned long long a, b;
+    int add;
+};
+
+// Both operands in shared memory, 16 values of K in half or bfloat16; the sums are of double.
+template <int REGISTERS, int TYPE>
+static void begin_half_product(WgmmaHalf** lanes) {
+    constexpr int COLUMNS = 2 * REGISTERS;
+    const auto value = [](const unsigned char* at) {
+        unsigned short bits;
+        std::memcpy(&bits, at, 2);
+        return TYPE == 2 ? __bfloat162float(__ushort_as_bfloat16(bits)) : __half2float(__ushort_as_half(bits));
+    };
+    // A warp has 16 of the 64 rows.
+    const std::vector<unsigned char> all = gather(lanes[0]->a, 64), right = gather(lanes[0]->b, COLUMNS);
+    const unsigned char* const left = &all[self->warp % 4 * 16 * 32];
+    for (int lane = 0; lane < 32; ++lane) {
+        WgmmaHalf& one = *lanes[lane];
+        if (one.a != lanes[0]->a || one.b != lanes[0]->b || !one.add != !lanes[0]->add) fail("wgmma: lanes differ");
+        if (!one.fiber->fenced) fail("wgmma: registers were used since the last fence");
+        auto* const registers = reinterpret_cast<unsigned*>(one.d);
+        Accumulator& d = accumulator(*one.fiber, registers, REGISTERS);
+        for (int i = 0; i < REGISTERS; ++i) {
+            if (d.under_way && registers[i] != POISON) fail("wgmma: its result was touched while it was under way");
+            const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+            float was;
+            std::memcpy(&was, d.under_way ? &d.values[i] : &registers[i], 4);
+            double sum = one.add ? was : 0.0;
+            for (int k = 0; k < 16; ++k) sum += static_cast<double>(value(left + row * 32 + 2 * k)) * value(&right[column * 32 + 2 * k]);
+            const float rounded = static_cast<float>(sum);
+            std::memcpy(&d.values[i], &rounded, 4);
+            registers[i] = POISON;
+        }
+        ++d.under_way;
+        Product product = {registers, nullptr, {}, {}};
+        if (lane == 0) product.shared = {{one.a, all}, {one.b, right}};
         one.fiber->open_products.push_back(product);
     }
     ++warps[self->warp].products;
 }
 
 static void finish(const Product& product) {
-    if (std::memcmp(product.a, product.a_was, sizeof(product.a_was))) fail("wgmma: A changed while it was under way");
-    if (!product.b_was.empty() && gather(product.descriptor, product.b_was.size() / 32) != product.b_was) {
-        fail("wgmma: B changed while it was under way");
+    if (product.a && std::memcmp(product.a, product.a_was, sizeof(product.a_was))) fail("wgmma: A changed while it was under way");
+    for (const Operand& operand : product.shared) {
+        if (gather(operand.descriptor, operand.was.size() / 32) != operand.was) {
+            fail("wgmma: an operand in shared memory changed while it was under way");
+        }
     }
     Accumulator& d = accumulator(*self, product.accumulator, 0);
     for (size_t i = 0; i < d.values.size(); ++i) {
@@ -353,11 +428,55 @@ static inline unsigned turn_over(unsigned v) {
     return result;
 }
 
-static inline void store_if(bool inside, void* at, unsigned low, unsigned high) {
-    if (!inside) return;
-    if (reinterpret_cast<uintptr_t>(at) % 8) emulate::fail("store_if: misaligned address");
-    static_cast<unsigned*>(at)[0] = low;
-    static_cast<unsigned*>(at)[1] = high;
+static inline void stmatrix_x4_turned(unsigned row, const unsigned (&v)[4]) {
+    struct Rows {
+        unsigned char* row;
+        unsigned v[4];
+    } mine = {emulate::shared_pointer(row, 16, "stmatrix"), {v[0], v[1], v[2], v[3]}};
+    if (row % 16) emulate::fail("stmatrix: misaligned address");
+    int none = 0;
+    emulate::collective("stmatrix_x4_turned", mine, none, [](Rows** lanes, int**) {
+        for (int matrix = 0; matrix < 4; ++matrix) {
+            bool taken[8] = {};  // groups of 4 banks
+            for (int i = 0; i < 8; ++i) {
+                unsigned char* const to = lanes[8 * matrix + i]->row;
+                bool& group = taken[reinterpret_cast<uintptr_t>(to) / 16 % 8];
+                emulate::bank_conflicts += group;
+                group = true;
+                for (int j = 0; j < 8; ++j) {  // element [j][i] of what the lanes hold
+                    const unsigned short one = lanes[4 * j + i / 2]->v[matrix] >> (16 * (i % 2));
+                    std::memcpy(to + 2 * j, &one, 2);
+                }
+            }
+        }
+    });
+    emulate::self->unfenced = true;
+}
+
+static inline void fence_copy_engine() { emulate::self->unfenced = false; }
+
+static inline void tma_store_4d(const TensorMap* map, unsigned src, int c0, int c1, int c2, int c3) {
+    emulate::Store store;
+    const emulate::Map parsed = emulate::map_of("tma_store", map, 4, src);
+    const size_t bytes = emulate::box_bytes(parsed);
+    const unsigned char* const from = emulate::shared_pointer(src, bytes, "tma_store");
+    for (const emulate::Fiber& fiber : emulate::fibers) {  // its warpgroup's
+        const bool here = fiber.block == emulate::self->block && fiber.warp / 4 == emulate::self->warp / 4;
+        if (here && fiber.unfenced) emulate::fail("tma_store: a thread has not fenced what it wrote");
+    }
+    std::memcpy(store.map, &parsed, sizeof(parsed));
+    store.address = src;
+    store.bytes.assign(from, from + bytes);
+    const int at[4] = {c0, c1, c2, c3};
+    std::memcpy(store.at, at, sizeof(at));
+    emulate::self->stores.push_back(store);
+    emulate::dawdle();
+}
+
+static inline void stores_wait_read() {
+    for (const emulate::Store& store : emulate::self->stores) emulate::leave(store);
+    emulate::self->stores.clear();
+    emulate::dawdle();
 }
 
 static inline void store_shared(unsigned address, unsigned v) {
@@ -400,4 +519,12 @@ static inline void wgmma_s8(unsigned (&d)[REGISTERS], const unsigned (&a)[4], un
     emulate::Wgmma request = {emulate::self, d, a, descriptor, add};
     int none = 0;
     emulate::collective("wgmma_s8", request, none, [](emulate::Wgmma** lanes, int**) { emulate::begin_product<REGISTERS>(lanes); });
+}
+
+template <int TYPE, int REGISTERS>
+static inline void wgmma_half(float (&d)[REGISTERS], unsigned long long a, unsigned long long b, int add) {
+    emulate::WgmmaHalf request = {emulate::self, d, a, b, add};
+    int none = 0;
+    emulate::collective("wgmma_half", request, none,
+                        [](emulate::WgmmaHalf** lanes, int**) { emulate::begin_half_product<REGISTERS, TYPE>(lanes); });
 }

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qdiff.numerics.gemm_layout import channels_to_gemm, from_gemm, to_gemm
+from qdiff.numerics.gemm_layout import channels_to_gemm, from_gemm, to_gemm, widen_segments
 
 
 @pytest.mark.parametrize("segments", [(6,), (2, 4), (1, 2, 3)], ids=str)
@@ -47,6 +47,19 @@ def test_channel_values_follow_their_channels():
     weight, values, segments = torch.randn(4, 5, 3, 3), torch.randn(5), (2, 3)
     scaled = to_gemm(weight * values[:, None, None], segments)
     assert torch.equal(scaled, to_gemm(weight, segments) * channels_to_gemm(values, segments, 9))
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 3)], ids=str)
+def test_widened_segments_convolve_to_the_same(kernel):
+    x, weight = torch.randint(-9, 9, (2, 6, 7, 12)).double(), torch.randint(-9, 9, (3, 12, *kernel)).double()
+    segments, widths = (1, 4, 7), (4, 4, 8)
+    image = widen_segments(x, segments, widths)
+    matrix = widen_segments(to_gemm(weight, segments), segments, widths, kernel[0] * kernel[1])
+    wide = from_gemm(matrix, widths, kernel)
+    for values in (image.movedim(3, 1), wide):
+        assert values.shape[1] == 16
+        assert not values[:, [1, 2, 3, 15]].any()
+    assert torch.equal(F.conv2d(image.movedim(3, 1), wide), F.conv2d(x.movedim(3, 1), weight))
 
 
 def test_segments_must_sum_to_the_channels():

@@ -133,10 +133,6 @@ def test_use_backend_restores_what_was_set_also_after_an_error():
         (backend.refuses_linear(48, 16, False), "width 48"),
         (backend.refuses_linear(0, 32, True), "width 0"),
         (backend.refuses_linear(64, 16, True), "group_size 16"),
-        (backend.refuses_conv([64, 32], 32, True), None),
-        (backend.refuses_conv([64, 32], -1, False), None),
-        (backend.refuses_conv([64, 16], 16, False), "segments [64, 16]"),
-        (backend.refuses_conv([64], 64, True), "group_size 64"),
     ],
 )
 def test_what_the_kernels_take(reason, expected):

@@ -4,6 +4,7 @@ Where diffusers is not installed: `pytest -m gpu --confcutdir=tests/ops tests/op
 pytest-xdist, `-n 8` is several times as fast: the first run is spent on compiling hundreds of kernels.
 """
 
+import math
 import random
 from types import SimpleNamespace
 
@@ -62,7 +63,7 @@ def ulps(a, b):
     return torch.where(a.isnan() & b.isnan(), 0, (place(a) - place(b)).abs())
 
 
-def random_weight(kind, n, k, extreme=False):
+def random_weight(kind, n, k, extreme=False, block=BLOCK):
     """(codes, multipliers, codebook) of a matrix [n, k]; extreme: every row of one code, with the largest integers."""
     if kind == "int8":
         codes = torch.randint(-127, 128, (n, k), dtype=torch.int8)
@@ -70,15 +71,20 @@ def random_weight(kind, n, k, extreme=False):
             codes[0::2], codes[1::2] = -127, 127
         return codes, None, None
     q = torch.randint(-8, 8, (n, k), dtype=torch.int8)
-    multipliers = torch.randint(1, 16, (n, k // BLOCK), dtype=torch.uint8)
+    multipliers = torch.randint(1, 16, (n, k // block), dtype=torch.uint8)
     codebook = torch.randint(-127, 128, (n, 16), dtype=torch.int8)
     if extreme:
         q[0::2], q[1::2] = -8, 7
         multipliers.fill_(15)
         codebook[:, 0], codebook[:, 15] = -127, 127
     if kind == "codebook":
-        return pack_int4(q, BLOCK), None, codebook
-    return pack_int4(q, BLOCK), pack_multipliers(multipliers), None
+        return pack_int4(q, block), None, codebook
+    return pack_int4(q, block), pack_multipliers(multipliers), None
+
+
+def block_of(segments):
+    """Weights that share a multiplier: as many of 32 as divide every segment."""
+    return math.gcd(BLOCK, *segments)
 
 
 def random_scale(*shape):
@@ -106,7 +112,8 @@ def run(op, kind, values, device):
     if kind == "int8":
         del values["multipliers"], values["codebook"]
         return getattr(ops, f"w8a8_{op}")(**on(device, values)).cpu()
-    return getattr(ops, f"w4a8_{op}")(**on(device, values), group_size=BLOCK).cpu()
+    group_size = block_of(values.get("segments", ()))
+    return getattr(ops, f"w4a8_{op}")(**on(device, values), group_size=group_size).cpu()
 
 
 def assert_integers_equal(op, kind, values):
@@ -147,7 +154,12 @@ def linear_values(kind, m, n, k, out_dtype=torch.float16, rank=0, extreme=False,
 
 def sum_slack(values):
     """For each output, what reordering the low-rank sum may change: tensor cores cut off below 2^-22 of a sum's
-    largest term, once for each term."""
+    largest term, once for each term.
+
+    Float32 needs no more. Two sums of `rank` products differ by at most 2 rank 2^-24 of the products; adding them and
+    the residual rounds all terms together twice on either side, 4 * 2^-24 = 2^-22 of them. What comes before is the
+    same bit for bit.
+    """
     low, up = values["x_low"].double(), values["up"].to(values["x_low"].dtype).double()
     acc = run("linear", values["kind"], values["plain"] | {"out_dtype": torch.int32}, "cpu").double()
     terms = acc.abs() * values["plain"]["x_scale"].double()[:, None] * values["plain"]["scale"].double()
@@ -252,6 +264,11 @@ CONVS = [
     (1, (64,), 3, 130, 72, 3, 1, 1),
     (2, (640, 320), 16, 16, 136, 3, 1, 1),
     (1, (320,), 64, 64, 160, 3, 1, 1),
+    # Segments that are padded with zeros up to a multiple of 32.
+    (2, (4,), 32, 32, 320, 3, 1, 1),
+    (1, (40,), 9, 7, 72, 3, 2, 1),
+    (2, (4, 36), 8, 12, 33, 3, 1, 1),
+    (2, (48, 64), 8, 8, 64, 1, 1, 0),
 ]
 
 
@@ -264,7 +281,7 @@ def conv_values(kind, case, out_dtype=torch.float16, scale_rows=None, extreme=Fa
     return {
         "x_codes": x,
         "x_scale": random_scale(scale_rows or batch, len(segments)),
-        "weight": random_weight(kind, n, channels * kernel * kernel, extreme),
+        "weight": random_weight(kind, n, channels * kernel * kernel, extreme, block_of(segments)),
         "scale": random_scale(n) * 1e-3,
         "bias": torch.randn(n).to(random.choice(DTYPES)) if everything else None,
         "shift": torch.randn(batch, n) if everything else None,
@@ -329,7 +346,7 @@ def test_every_tile_of_the_hopper_kernel(kind, tile):
 
 
 def wanted(segments, dtype):
-    return SimpleNamespace(segments=segments, out_dtype=dtype)
+    return SimpleNamespace(segments=segments, out_dtype=dtype, up=None)
 
 
 def every_kind_of_problem(kind, fits=lambda segments, dtype: True):

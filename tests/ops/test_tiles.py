@@ -141,6 +141,13 @@ def test_tuning_leaves_what_a_table_knows(setup, monkeypatch):
     assert not setup.own.exists()
 
 
+def test_shipping_keeps_the_other_problems(setup):
+    setup.shipped.write_text(json.dumps({TEXT: "small", "wgmma of another kernel": "128x16"}))
+    assert _tiles.ship((9, 0), {_tiles.describe(setup.kernels, PROBLEM): "large"}) == setup.shipped
+    assert setup.choose() == "large"
+    assert setup.shipped.read_text() == f'{{\n"{TEXT}": "large",\n"wgmma of another kernel": "128x16"\n}}'
+
+
 def test_nothing_is_measured_while_a_graph_is_captured(setup, monkeypatch):
     monkeypatch.setenv("QDIFF_TUNE", "1")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
