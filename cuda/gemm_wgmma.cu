@@ -28,9 +28,9 @@
 
 constexpr int kFeatures = 128;  // of a tile, 64 a warpgroup
 constexpr int kProducerRegisters = SPLIT > 1 ? 56 : 40;  // a thread; the consumers have the rest of 512
-constexpr int kChunk = TOKENS < 32 || EXTRAS ? 16 : 32;  // tokens of a step of the epilogue
-constexpr int kStored = TOKENS > 192 ? TOKENS / 2 : TOKENS;       // tokens that the copy engine stores at once
-constexpr int kStoreBytes = ELEMENTS ? 0 : kStored * 128;         // of a warpgroup's
+constexpr int kChunk = TOKENS < 32 || EXTRAS || (ELEMENTS && RANK) ? 16 : 32;  // tokens of a step of the epilogue
+constexpr int kStored = TOKENS > 192 ? 64 : TOKENS;       // tokens that the copy engine stores at once
+constexpr int kStoreBytes = ELEMENTS ? 0 : kStored * 128;  // of a warpgroup's
 constexpr int kWeightRow = WEIGHT == 8 ? 128 : 64;  // bytes of a weight row in a stage of 128
 constexpr int kWeightBytes = kFeatures * kWeightRow;
 constexpr int kInputBytes = TOKENS * 128;
@@ -430,30 +430,25 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
             share.stages(p, segment, first, end);
             if (SEGMENTED) add = false;  // the one before is in float32 by now
             Walk walk(p, segment, first);
-            // The products of a stage are begun together, when those of the stage before are done: its fragments are made
-            // while they run. Blocks past the end of a tap are zeros: a branch around them would make the compiler wait for
-            // every product.
+            // Four products are under way at a time, one of each block: a block's fragments are unpacked as soon as the
+            // product of the same block of the stage before is done. Blocks past the end of a tap are zeros: a branch around
+            // them would make the compiler wait for every product.
             int before = ring.stage;
             for (int i = first; i < end; ++i) {
                 fetch();
                 const int blocks = walk.here();
                 const unsigned long long desc = tile_descriptor(stages + ring.stage * kStageBytes + kWeightBytes);
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    wgmma_wait<1>();
-                    if (half == 1 && i > first) release(before);
+                for (int block = 0; block < 4; ++block) {
+                    wgmma_wait<3>();
+                    unpack(block, blocks, ring.stage);
 #pragma unroll
-                    for (int block = 2 * half; block < 2 * half + 2; ++block) {
-                        unpack(block, blocks, ring.stage);
-#pragma unroll
-                        for (int e = 0; e < 4; ++e) settled(fragments[block][e]);
-                    }
+                    for (int e = 0; e < 4; ++e) settled(fragments[block][e]);
                     wgmma_fence();
-#pragma unroll
-                    for (int block = 2 * half; block < 2 * half + 2; ++block)
-                        wgmma_s8(acc, fragments[block], desc + 2 * block, add || block > 0);
+                    wgmma_s8(acc, fragments[block], desc + 2 * block, add || block > 0);
                     wgmma_commit();
                 }
+                if (i > first) release(before);
                 add = true;
                 before = ring.stage;
                 ring.next();

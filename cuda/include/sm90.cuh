@@ -168,4 +168,21 @@ __device__ __forceinline__ uint4 load_cluster(unsigned address) {
     return v;
 }
 
+// To another block's shared memory, whose barrier counts the bytes; both addresses are of the cluster's window.
+__device__ __forceinline__ void push_cluster(unsigned to, unsigned v, unsigned bar) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to), "r"(v), "r"(bar)
+                 : "memory");
+}
+__device__ __forceinline__ void push_cluster(unsigned to, const float4& v, unsigned bar) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+                 "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(bar)
+                 : "memory");
+}
+
+// A barrier of the cluster in two halves; the first orders nothing but the barriers that were made visible.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
 #endif

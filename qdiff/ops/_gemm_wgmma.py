@@ -85,8 +85,8 @@ def refusal(problem: Problem) -> str | None:
 
 
 def _stored(tokens: int) -> int:
-    """How many tokens of a tile are stored at once: half of the largest tile's, for the pipeline's sake."""
-    return tokens // 2 if tokens > 192 else tokens
+    """How many tokens of a tile are stored at once: few of the largest one, whose pipeline needs the room."""
+    return 64 if tokens > 192 else tokens
 
 
 def _shared(tile: Tile, weight: int, segmented: bool, elements: bool, extras: bool) -> tuple[int, int]:
@@ -206,11 +206,14 @@ def _box(tokens: int, images: int, height: int, width: int, stride: tuple[int, i
 
 
 def _stored_box(box: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The part of a tile's box that is stored at once; a half, where it is one, of its last dimension."""
+    """The part of a tile's box that is stored at once: the first tokens of it, a box too where all are powers of two."""
     w, h, n = box
-    if _stored(w * h * n) == w * h * n:
+    tokens = _stored(w * h * n)
+    if tokens == w * h * n:
         return box
-    return (w, h, n // 2) if n > 1 else (w, h // 2, 1) if h > 1 else (w // 2, 1, 1)
+    w = min(w, tokens)
+    h = min(h, tokens // w)
+    return w, h, tokens // (w * h)
 
 
 def launch(problem: Problem, out: Tensor, tile: Tile) -> None:

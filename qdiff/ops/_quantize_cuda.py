@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,10 @@ _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MAX_SEGMENTS = 8
 _MAX_RANK = 128
 _TILE = 64  # of pixels and of channels, where channels are turned from first to last
+_MAX_SPLIT = 8  # blocks of a cluster that any GPU with clusters takes
+_SHARED_BYTES = (64 * 1024, 96 * 1024)  # of a block, that GPUs without and with clusters have
+# Slices of 32 values in K that a block of `quantize_per_token_down` has at most, where there are clusters, and a warp.
+_BLOCK_SLICES, _WARP_SLICES = 20, 2
 # Threads that keep a multiprocessor's memory pipes busy. Work for fewer is spread as thinly as it goes.
 _THREADS = 2048
 
@@ -29,9 +33,10 @@ class _Plan(NamedTuple):
     defines: tuple[tuple[str, int | str], ...]
     grid: tuple[int, int, int]
     threads: int
+    shared_bytes: int = 0
 
     def run(self, params: ctypes.Structure) -> None:
-        _cupy.kernel(self.source, self.defines).launch(self.grid, self.threads, 0, params)
+        _cupy.kernel(self.source, self.defines).launch(self.grid, self.threads, self.shared_bytes, params)
 
 
 def _pointers(*names: str) -> list[tuple[str, type]]:
@@ -73,7 +78,8 @@ def quantize_per_token(x: Tensor, smooth: Tensor | None, down: Tensor | None) ->
             rank = down.shape[0]
             low = torch.empty(*x.shape[:-1], rank, dtype=x.dtype, device=x.device)
             addresses = (x.data_ptr(), _address(smooth), down.data_ptr(), codes.data_ptr(), scale.data_ptr())
-            plan = _token_down_plan(_TYPES[x.dtype], rows, k, rank, _cupy.multiprocessors(x.device))
+            clusters = _cupy.capability(x.device) >= (9, 0)
+            plan = _token_down_plan(_TYPES[x.dtype], rows, k, rank, clusters, _cupy.multiprocessors(x.device))
             plan.run(_TokenDown(*addresses, low.data_ptr(), rows, k, rank))
             return codes, scale, low
     plan = _token_plan(_TYPES[x.dtype], rows, k, aligned and k % 8 == 0, _cupy.multiprocessors(x.device))
@@ -150,19 +156,36 @@ def _token_plan(dtype: int, rows: int, k: int, vectors_fit: bool, multiprocessor
 
 
 @lru_cache(maxsize=4096)
-def _token_down_plan(dtype: int, rows: int, k: int, rank: int, multiprocessors: int) -> _Plan:
-    rank_tiles, total = _ceil(rank, 8), k // 32
-    # What a thread keeps of x and of the sums has to fit its registers.
-    most, widest = (6, 16) if rank_tiles <= 4 else (4 if rank_tiles <= 8 else 2, 8)
-    if rows <= 16 * multiprocessors:
-        most //= 2  # one wave of blocks: only their own time counts
-    warps = 1
-    while warps * most < total and warps < widest:
-        warps *= 2
-    batches = _ceil(total, warps * most)
-    slices = _ceil(total, warps * batches)
-    defines = (("TYPE", dtype), ("ROW_TILES", 1), ("RANK_TILES", rank_tiles), ("WARPS", warps), ("SLICES", slices))
-    return _Plan("quantize_per_token_down", defines, (_ceil(rows, 16), 1, 1), 32 * warps)
+def _token_down_plan(dtype: int, rows: int, k: int, rank: int, clusters: bool, multiprocessors: int) -> _Plan:
+    rank_tiles, slices = _ceil(rank, 8), k // 32
+    # Two tiles of 16 rows halve what is read of `down`. Where there are few rows, or many sums, a block has one.
+    few = 16 * multiprocessors // (_MAX_SPLIT if clusters else 1)
+    row_tiles = 1 if rank_tiles > 8 or rows <= few else 2
+    groups, split = _ceil(rows, 16 * row_tiles), 1
+    # Blocks of a cluster share the K axis: few rows then keep all multiprocessors busy, and several blocks fit one.
+    while (
+        clusters
+        and split < min(_MAX_SPLIT, slices)
+        and (slices > _BLOCK_SLICES * split or 2 * groups * split <= multiprocessors)
+    ):
+        split *= 2
+    widest = 16 if row_tiles * rank_tiles <= 8 else 8
+    for batches in count(1):
+        warps = min(_ceil(slices, split * batches * _WARP_SLICES), widest)
+        of_warp = _ceil(slices, split * batches * warps)
+        shared_bytes = _token_down_bytes(row_tiles, rank_tiles, split, warps, of_warp)
+        if shared_bytes <= _SHARED_BYTES[clusters]:
+            break
+    tiles = (("ROW_TILES", row_tiles), ("RANK_TILES", rank_tiles))
+    defines = (("TYPE", dtype), *tiles, ("SPLIT", split), ("WARPS", warps), ("SLICES", of_warp))
+    return _Plan("quantize_per_token_down", defines, (groups * split, 1, 1), 32 * warps, shared_bytes)
+
+
+def _token_down_bytes(row_tiles: int, rank_tiles: int, split: int, warps: int, slices: int) -> int:
+    """The size of the kernel's `Shared`."""
+    sums = row_tiles * rank_tiles
+    of_warp = slices * (1024 * row_tiles + 128) + 512 * max(slices * rank_tiles, sums) + 64 * row_tiles
+    return warps * of_warp + 512 * sums + 64 * row_tiles * split + 16
 
 
 @lru_cache(maxsize=4096)
@@ -225,11 +248,12 @@ def _variants() -> list[tuple[str, tuple[tuple[str, int | str], ...]]]:
             for fits in (False, True)
         ),
         *(
-            _token_down_plan(dtype, rows, k, rank, a100)
+            _token_down_plan(dtype, rows, k, rank, clusters, a100)
             for dtype in (_TYPES[torch.float16], _TYPES[torch.bfloat16])
             for rows in (1, 4096)
             for k in widths
             for rank in (8, 16, 32, 64, _MAX_RANK)
+            for clusters in (False, True)
         ),
         *(
             _sample_plan(dtype, 2, 4096, turned, aligned, (320,), a100)[0]

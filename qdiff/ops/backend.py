@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, cast, get_args
 
@@ -19,6 +19,7 @@ Backend = Literal["auto", "cuda", "reference"]
 
 # The kernels' block of 4-bit weights that share a multiplier, and what they cut K into.
 KERNEL_BLOCK = 32
+_MOST_SEGMENTS = 4  # of a convolution's channels, in the kernels' parameters
 
 _told: set[str] = set()
 
@@ -85,6 +86,11 @@ def refuses_linear(k: int, group_size: int, weight_is_4bit: bool) -> str | None:
     if weight_is_4bit and group_size != KERNEL_BLOCK:
         return f"group_size {group_size}, expected {KERNEL_BLOCK}"
     return None
+
+
+def refuses_conv(segments: Sequence[int]) -> str | None:
+    """Why the matrix kernels do not take a convolution of these channel segments, or None."""
+    return f"{len(segments)} channel segments, expected {_MOST_SEGMENTS} or fewer" if len(segments) > _MOST_SEGMENTS else None
 
 
 _backend: Backend = "auto"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qdiff.numerics.packing import expand_weight
 from qdiff.ops import _gemm
-from qdiff.ops.backend import KERNEL_BLOCK, runs_kernel
+from qdiff.ops.backend import KERNEL_BLOCK, refuses_conv, runs_kernel
 from qdiff.ops.checks import check_group_size, check_int4_weight
 from qdiff.ops.registry import operator
 from qdiff.ops.w8a8_conv2d import check_conv_input, empty_conv_output, int8_conv2d
@@ -82,7 +82,7 @@ def w4a8_conv2d(
     k = x_codes.shape[1] * kernel[0] * kernel[1]
     check_int4_weight(codes, multipliers, codebook, scale, group_size, k, x_codes.device)
     rest = (scale, bias, shift, residual, *geometry, out_dtype)
-    on_kernel = runs_kernel("w4a8_conv2d", x_codes, None)
+    on_kernel = runs_kernel("w4a8_conv2d", x_codes, refuses_conv(segments))
     if on_kernel and group_size == KERNEL_BLOCK:
         return _gemm.conv2d(x_codes, x_scale, codes, multipliers, codebook, *rest)
     weight = expand_weight(codes, multipliers, codebook, group_size)

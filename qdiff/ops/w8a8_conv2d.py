@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qdiff.numerics.integer_matmul import int_matmul
 from qdiff.ops import _gemm
-from qdiff.ops.backend import runs_kernel
+from qdiff.ops.backend import refuses_conv, runs_kernel
 from qdiff.ops.checks import (
     FLOAT32,
     FLOATS,
@@ -84,7 +84,7 @@ def w8a8_conv2d(
     geometry = (kernel, stride, padding, segments)
     check_conv_input(x_codes, x_scale, codes.shape[0], bias, shift, residual, *geometry, out_dtype)
     check_int8_weight(codes, scale, x_codes.shape[1] * kernel[0] * kernel[1], x_codes.device)
-    if runs_kernel("w8a8_conv2d", x_codes, None):
+    if runs_kernel("w8a8_conv2d", x_codes, refuses_conv(segments)):
         added = (bias, shift, residual)
         return _gemm.conv2d(x_codes, x_scale, codes, None, None, scale, *added, *geometry, out_dtype)
     return int8_conv2d(x_codes, x_scale, codes, scale, bias, shift, residual, *geometry, out_dtype)

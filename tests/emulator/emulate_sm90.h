@@ -246,13 +246,13 @@ struct WgmmaHalf {
 };
 
 // Both operands in shared memory, 16 values of K in half or bfloat16; the sums are of double.
-template <int REGISTERS, int TYPE>
+template <int REGISTERS, int KIND>
 static void begin_half_product(WgmmaHalf** lanes) {
     constexpr int COLUMNS = 2 * REGISTERS;
     const auto value = [](const unsigned char* at) {
         unsigned short bits;
         std::memcpy(&bits, at, 2);
-        return TYPE == 2 ? __bfloat162float(__ushort_as_bfloat16(bits)) : __half2float(__ushort_as_half(bits));
+        return KIND == 2 ? __bfloat162float(__ushort_as_bfloat16(bits)) : __half2float(__ushort_as_half(bits));
     };
     // A warp has 16 of the 64 rows.
     const std::vector<unsigned char> all = gather(lanes[0]->a, 64), right = gather(lanes[0]->b, COLUMNS);
@@ -512,6 +512,31 @@ static inline uint4 load_cluster(unsigned address) {
     return v;
 }
 
+// The bytes land at once.
+static inline void push_cluster(unsigned to, const unsigned* words, int count, unsigned bar) {
+    if (!(to & bar & emulate::CLUSTER_WINDOW)) emulate::fail("push_cluster: not addresses of the cluster's window");
+    const auto local = [](unsigned address) { return address & ~emulate::CLUSTER_WINDOW; };
+    if (to % (4 * count)) emulate::fail("push_cluster: misaligned address");
+    emulate::Block& block = emulate::blocks[local(to) >> emulate::RANK_SHIFT];
+    const size_t offset = (to & ((1u << emulate::RANK_SHIFT) - 1)) - emulate::SHARED_BASE;
+    if (offset + 4 * count > emulate::dynamic_shared_bytes) emulate::fail("push_cluster: outside the dynamic shared memory");
+    if (block.done) emulate::fail("push_cluster: the block may have ended");
+    std::memcpy(block.shared + offset, words, 4 * count);
+    emulate::Barrier& barrier = block.barriers.at(local(bar));
+    barrier.bytes -= 4 * count;
+    emulate::end_phase(barrier);
+}
+static inline void push_cluster(unsigned to, unsigned v, unsigned bar) { push_cluster(to, &v, 1, bar); }
+static inline void push_cluster(unsigned to, const float4& v, unsigned bar) {
+    unsigned words[4];
+    std::memcpy(words, &v, 16);
+    push_cluster(to, words, 4, bar);
+}
+
+// Nothing happens in between that the emulator could show.
+static inline void cluster_arrive_relaxed() {}
+static inline void cluster_wait() { cluster_sync(); }
+
 // ---- The functions of cuda/include/wgmma.cuh
 
 template <int REGISTERS>
@@ -521,10 +546,10 @@ static inline void wgmma_s8(unsigned (&d)[REGISTERS], const unsigned (&a)[4], un
     emulate::collective("wgmma_s8", request, none, [](emulate::Wgmma** lanes, int**) { emulate::begin_product<REGISTERS>(lanes); });
 }
 
-template <int TYPE, int REGISTERS>
+template <int KIND, int REGISTERS>
 static inline void wgmma_half(float (&d)[REGISTERS], unsigned long long a, unsigned long long b, int add) {
     emulate::WgmmaHalf request = {emulate::self, d, a, b, add};
     int none = 0;
     emulate::collective("wgmma_half", request, none,
-                        [](emulate::WgmmaHalf** lanes, int**) { emulate::begin_half_product<REGISTERS, TYPE>(lanes); });
+                        [](emulate::WgmmaHalf** lanes, int**) { emulate::begin_half_product<REGISTERS, KIND>(lanes); });
 }

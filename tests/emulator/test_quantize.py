@@ -102,7 +102,9 @@ def test_per_token_of_strides_and_addresses_that_vectors_do_not_fit():
     ("shape", "dtype", "rank"),
     [
         ((2, 24, 64), torch.float16, 32),
-        ((17, 1280), torch.bfloat16, 13),
+        ((17, 1280), torch.bfloat16, 13),  # a cluster of four blocks
+        ((3, 1024), torch.float16, 32),  # with one tile of rows
+        ((70, 416), torch.float16, 40),  # a last block with fewer slices, and a last warp with none
         ((5, 96), torch.float16, 128),
         ((3, 40), torch.float16, 4),  # K that takes two launches
         ((3, 24), torch.float32, 8),
@@ -126,8 +128,10 @@ def test_per_token_with_a_low_rank_branch(dtype, smoothed, shape, rank):
     assert ((low.double() - exact).abs() <= slack)[finite].all()
 
 
-def test_per_token_with_a_low_rank_branch_of_rows_too_long_for_the_registers():
-    x, smooth = rows((18, 6176), torch.float16), vector(6176)
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["no clusters", "clusters"])
+def test_per_token_with_a_low_rank_branch_of_rows_too_long_for_the_shared_memory(monkeypatch, capability):
+    monkeypatch.setattr(_cupy, "capability", lambda device: capability)
+    x, smooth = rows((34, 6176), torch.float16), vector(6176)
     down = torch.randn(16, 6176, generator=torch.Generator().manual_seed(1)) / 80
     codes, scale, low = _quantize_cuda.quantize_per_token(x, smooth, down)
     expected = quantize_per_token(x, smooth, down)

@@ -133,6 +133,8 @@ def test_use_backend_restores_what_was_set_also_after_an_error():
         (backend.refuses_linear(48, 16, False), "width 48"),
         (backend.refuses_linear(0, 32, True), "width 0"),
         (backend.refuses_linear(64, 16, True), "group_size 16"),
+        (backend.refuses_conv([4, 40, 32, 7]), None),
+        (backend.refuses_conv([32] * 5), "5 channel segments"),
     ],
 )
 def test_what_the_kernels_take(reason, expected):
