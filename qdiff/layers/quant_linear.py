@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from qdiff.recipe import LayerPlan
 
 
+# Of so few rows (embeddings of time and text, modulations) reading the weights is all the work: 4-bit weights save that,
+# and 8-bit activations would save nothing, so that they stay as they are. The same on every device.
+FEW_ROWS = 16
+
+
 class QuantLinear(WeightBuffers, nn.Linear):
     """`nn.Linear` on quantized numbers: with x_s = x * smooth, y = Q(x_s) @ Q(R).T + (x_s @ down.T) @ up.T + bias,
     where R = W / smooth - up @ down (SVDQuant, arXiv 2411.05007).
@@ -79,7 +84,8 @@ class QuantLinear(WeightBuffers, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         packed = (self.codes, self.multipliers, self.codebook, self.scale, self.storage_block)
-        if self.plan.range_mode == "none":
+        few = self.plan.range_mode == "dynamic" and self.plan.weight_bits == 4 and x.numel() <= FEW_ROWS * x.shape[-1]
+        if few or self.plan.range_mode == "none":
             return w4a16_linear(x, self.smooth, *packed, self.bias, self.down, self.up)
         codes, scale, low = self._quantize(x)
         if self.plan.weight_bits == 8:

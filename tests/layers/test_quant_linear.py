@@ -57,7 +57,7 @@ def test_every_input_shape(build, mode, shape):
 @pytest.mark.parametrize("mode", MODES)
 def test_strided_inputs(build, mode):
     _, quantized = build(mode=mode, rank=2, smoothed=True)
-    x = torch.randn(48, 6, 4).permute(2, 1, 0)[::2]
+    x = torch.randn(48, 9, 4).permute(2, 1, 0)[::2]
     torch.testing.assert_close(quantized(x), quantized(x.contiguous()), rtol=1e-6, atol=1e-6)
 
 
@@ -165,11 +165,27 @@ def test_one_multiplier_column_stands_for_all_groups(make_plan, quantize):
     assert torch.equal(first.weight, second.weight)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_few_rows_of_four_bit_weights_keep_their_activations(build, bits, mode):
+    _, quantized = build(bits, mode, smoothed=True, rank=2)
+    x = torch.randn(17, 48)
+
+    def distance(y):
+        expected = F.linear(x[: len(y)], quantized.weight, quantized.bias)
+        return float((y - expected).norm() / expected.norm())
+
+    kept = mode == "none" or (mode == "dynamic" and bits == 4)
+    for few in (quantized(x[:16]), quantized(x[:16].view(2, 8, 48)).flatten(0, 1)):
+        assert (distance(few) < 1e-6) == kept
+    assert (distance(quantized(x)) < 1e-6) == (mode == "none")
+
+
 def test_zeros_and_outliers_give_finite_outputs(build):
     for mode in MODES:
         layer, quantized = build(mode=mode, rank=2, smoothed=True)
-        torch.testing.assert_close(quantized(torch.zeros(2, 48)), layer.bias.expand(2, 40), rtol=0, atol=0)
-        x = torch.randn(2, 48)
+        torch.testing.assert_close(quantized(torch.zeros(20, 48)), layer.bias.expand(20, 40), rtol=0, atol=0)
+        x = torch.randn(20, 48)
         x[0, 0] = 1e4
         assert torch.isfinite(quantized(x)).all()
 

@@ -53,7 +53,7 @@ def test_a_convolution_is_stored_in_blocks_that_cross_no_tap(make_plan, quantize
 
 
 LAYERS = {
-    "linear": (QuantLinear, lambda: nn.Linear(64, 8), (64,), "dynamic", (3, 64)),
+    "linear": (QuantLinear, lambda: nn.Linear(64, 8), (64,), "dynamic", (17, 64)),
     "linear, 16-bit activations": (QuantLinear, lambda: nn.Linear(64, 8), (64,), "none", (3, 64)),
     "convolution": (QuantConv2d, lambda: nn.Conv2d(64, 8, 3), (32, 32), "static", (2, 64, 5, 5)),
     "convolution, 16-bit activations": (QuantConv2d, lambda: nn.Conv2d(64, 8, 3), (64,), "none", (2, 64, 5, 5)),
