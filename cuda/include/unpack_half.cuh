@@ -12,6 +12,17 @@ constexpr unsigned PAIR_BASE = HALF == DTYPE_F16 ? 0x64006400u : 0x43004300u;
 template <int HALF>
 constexpr unsigned PAIR_ONE = HALF == DTYPE_F16 ? 0x3c003c00u : 0x3f803f80u;
 
+// (word & mask) | base, in one instruction: left to itself the compiler makes it two.
+__device__ __forceinline__ unsigned masked_onto(unsigned word, unsigned mask, unsigned base) {
+#ifdef QDIFF_EMULATE
+    return (word & mask) | base;
+#else
+    unsigned d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(word), "r"(mask), "r"(base));
+    return d;
+#endif
+}
+
 // What turns the nibbles of a block into m * (u - 8), for the low and for the high ones of a byte:
 // (base + u) * m - (base + 8) * m. In float16 high nibbles are read in place: (base + 16 u) * (m / 16) - (base / 16 +
 // 8) * m.
@@ -20,13 +31,15 @@ struct BlockMultiplier {
     unsigned low, low_offset, high, high_offset;
 
     __device__ __forceinline__ void set(unsigned multiplier) {
-        const float m = static_cast<float>(multiplier);
+        const unsigned minus_base = PAIR_BASE<HALF> | 0x80008000u;
+        low = pair_fma<HALF>(multiplier * 0x00010001u + PAIR_BASE<HALF>, PAIR_ONE<HALF>, minus_base);
         if constexpr (HALF == DTYPE_F16) {
-            low = pair_of<HALF>(m, m), low_offset = pair_of<HALF>(-1032.0f * m, -1032.0f * m);
-            high = pair_of<HALF>(0.0625f * m, 0.0625f * m), high_offset = pair_of<HALF>(-72.0f * m, -72.0f * m);
+            low_offset = pair_fma<HALF>(low, 0xe408e408u, 0);   // -1032
+            high = pair_fma<HALF>(low, 0x2c002c00u, 0);         // 1 / 16
+            high_offset = pair_fma<HALF>(low, 0xd480d480u, 0);  // -72
         } else {
-            low = high = pair_of<HALF>(m, m);
-            low_offset = high_offset = pair_of<HALF>(-136.0f * m, -136.0f * m);
+            high = low;
+            low_offset = high_offset = pair_fma<HALF>(low, 0xc308c308u, 0);  // -136
         }
     }
 };
@@ -39,8 +52,8 @@ __device__ __forceinline__ void unpack_s4_half(unsigned (&pair)[4], unsigned wor
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) {
         const unsigned bytes = word >> (8 * odd);
-        pair[odd] = pair_fma<HALF>((bytes & 0x000f000fu) | PAIR_BASE<HALF>, m.low, m.low_offset);
-        pair[odd + 2] = pair_fma<HALF>(((bytes >> DOWN) & HIGH) | PAIR_BASE<HALF>, m.high, m.high_offset);
+        pair[odd] = pair_fma<HALF>(masked_onto(bytes, 0x000f000fu, PAIR_BASE<HALF>), m.low, m.low_offset);
+        pair[odd + 2] = pair_fma<HALF>(masked_onto(bytes >> DOWN, HIGH, PAIR_BASE<HALF>), m.high, m.high_offset);
     }
 }
 
@@ -50,7 +63,7 @@ __device__ __forceinline__ void unpack_s8_half(unsigned* pair, unsigned bytes) {
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) {
         const unsigned two = bytes >> (8 * odd);
-        const unsigned minus_base = (two & 0x00800080u) | PAIR_BASE<HALF> | 0x80008000u;
-        pair[odd] = pair_fma<HALF>((two & 0x007f007fu) | PAIR_BASE<HALF>, PAIR_ONE<HALF>, minus_base);
+        const unsigned minus_base = masked_onto(two, 0x00800080u, PAIR_BASE<HALF> | 0x80008000u);
+        pair[odd] = pair_fma<HALF>(masked_onto(two, 0x007f007fu, PAIR_BASE<HALF>), PAIR_ONE<HALF>, minus_base);
     }
 }

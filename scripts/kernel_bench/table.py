@@ -17,11 +17,6 @@ def ratio(row: Row, other: str, ours: str = "w4a8") -> float:
     return us.get(other, math.nan) / us.get(ours, math.nan)
 
 
-def few_rows_ours(row: Row) -> str:
-    """The faster of the two ways to run a layer of few rows."""
-    return "w4a16" if not row["us"]["w4a16"] > row["us"]["w4a8"] else "w4a8"
-
-
 def lines(sections: Sections) -> list[str]:
     """All tables, the summary last."""
     out: list[str] = []
@@ -46,9 +41,9 @@ def _linear(row: Row) -> str:
 
 
 def _small(row: Row) -> str:
-    us, ours = row["us"], few_rows_ours(row)
+    us = row["us"]
     times = f"{us['w4a16']:7.2f}{us['w4a8']:8.2f}{us['fp16']:8.2f}"
-    return f"{row['name']:17}{times}{ratio(row, 'fp16', ours):6.2f}{_marks(row)}"
+    return f"{row['name']:17}{times}{ratio(row, 'fp16', 'w4a16'):6.2f}{_marks(row)}"
 
 
 def _conv(row: Row) -> str:
@@ -105,7 +100,7 @@ HEADS = {
         "LINEAR, us (fp8: s static scale, d dynamic, r rows)",
         "M x N x K           w4a8 = quant. +   gemm rank32    w8a8 |   fp16 ratio |    fp8  ratio",
     ],
-    "small": ["LINEAR of few rows, us", "M x N x K          w4a16    w4a8    fp16 ratio (of the faster)"],
+    "small": ["LINEAR of few rows, us", "M x N x K          w4a16    w4a8    fp16 ratio (of w4a16)"],
     "conv": [
         "CONVOLUTION, us: B x H x W C>N, kernel and stride; ratios to cuDNN with bias, without",
         "                              w4a8 = quant. +   gemm   w8a8 |   fp16 ratio | no bias",
@@ -133,9 +128,7 @@ def summary(sections: Sections) -> list[str]:
     for title, rows in ((f"linear, M >= {MANY_ROWS}", many), (f"linear, {FEW_ROWS} < M < {MANY_ROWS}", between)):
         for other in ("fp16", "fp8"):
             out += _spread(f"{title}, over {other}", [(row, ratio(row, other)) for row in rows])
-    out += _spread(
-        f"linear, M <= {FEW_ROWS}, over fp16", [(row, ratio(row, "fp16", few_rows_ours(row))) for row in small]
-    )
+    out += _spread(f"linear, M <= {FEW_ROWS}, over fp16", [(row, ratio(row, "fp16", "w4a16")) for row in small])
     out += _spread("conv, over cuDNN fp16", [(row, ratio(row, "fp16")) for row in conv])
     out += _spread("conv, over cuDNN fp16 without bias", [(row, ratio(row, "fp16_without_bias")) for row in conv])
     out += _of_peak(many, sections.get("peak", []))
@@ -188,10 +181,9 @@ def _totals(linear: list[Row], small: list[Row], conv: list[Row]) -> list[str]:
                 times = {name: sum(row["counts"][model] * row["us"][name] for row in mine) / 1e3 for name in names}
                 parts.append(f"{title} " + ", ".join(f"{name} {ms:.2f}" for name, ms in times.items()))
         if mine := [row for row in small if model in row["counts"]]:
-            ours, half = (
-                sum(row["counts"][model] * row["us"][name(row)] for row in mine) / 1e3
-                for name in (few_rows_ours, lambda row: "fp16")
-            )
-            parts.append(f"few rows {ours:.2f}, fp16 {half:.2f}")
+            times = {
+                name: sum(row["counts"][model] * row["us"][name] for row in mine) / 1e3 for name in ("w4a16", "fp16")
+            }
+            parts.append("few rows " + ", ".join(f"{name} {ms:.2f}" for name, ms in times.items()))
         out.append(f"one pass of {model}, ms: {'; '.join(parts)}")
     return out
