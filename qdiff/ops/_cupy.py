@@ -34,6 +34,7 @@ _INSTALL = (
     "install CuPy for the driver's CUDA with its headers, `pip install 'cupy-cuda13x[ctk]'` or 'cupy-cuda12x[ctk]'"
 )
 _Pointers = ctypes.c_void_p * 1
+_MOST_CONFIGS = 1024  # that a kernel keeps
 
 
 class _Attribute(ctypes.Structure):
@@ -77,6 +78,7 @@ class Kernel:
         self._launch = _driver().cuLaunchKernelEx  # CuPy's own call takes no attributes
         self._attribute = _Attribute(_SERIALIZATION, 0, 1)
         self._attributes = (ctypes.pointer(self._attribute), 1) if overlaps else (None, 0)
+        self._configs: dict[tuple[tuple[int, int, int], int, int, int], Any] = {}  # never changed: threads share them
 
     def launch(self, grid: tuple[int, int, int], threads: int, shared_bytes: int, params: ctypes.Structure) -> None:
         """Start the kernel on torch's current stream of its device, which must be the current one.
@@ -87,22 +89,32 @@ class Kernel:
             shared_bytes: dynamic shared memory of a block.
             params: the kernel's only parameter; its bytes are copied before this returns.
         """
-        if not all(grid):
-            return
-        if shared_bytes > self._shared_bytes:
-            self._allow(shared_bytes)
-        stream = torch._C._cuda_getCurrentRawStream(self._device)
-        config = _Config(*grid, threads, 1, 1, shared_bytes, stream, *self._attributes)
+        key = (grid, threads, shared_bytes, torch._C._cuda_getCurrentRawStream(self._device))
+        config = self._configs.get(key)
+        if config is None:
+            if not all(grid):
+                return
+            config = self._configure(*key)
         pointers = _Pointers(ctypes.addressof(params))
-        result = self._launch(ctypes.byref(config), self._pointer, pointers, None)
+        result = self._launch(config, self._pointer, pointers, None)
         if result == _NOT_SET_UP:
             torch.cuda.set_device(self._device)  # a thread that has not used the device yet has no context
-            result = self._launch(ctypes.byref(config), self._pointer, pointers, None)
+            result = self._launch(config, self._pointer, pointers, None)
         if result:
             raise RuntimeError(
                 f"{self._name}: the driver refused to launch {grid} blocks of {threads} threads with "
                 f"{shared_bytes} bytes of shared memory (CUresult {result})"
             )
+
+    def _configure(self, grid: tuple[int, int, int], threads: int, shared_bytes: int, stream: int) -> Any:
+        """The launch's configuration by reference, which is kept."""
+        if shared_bytes > self._shared_bytes:
+            self._allow(shared_bytes)
+        config = ctypes.byref(_Config(*grid, threads, 1, 1, shared_bytes, stream, *self._attributes))
+        if len(self._configs) >= _MOST_CONFIGS:
+            self._configs.clear()
+        self._configs[grid, threads, shared_bytes, stream] = config
+        return config
 
     def _allow(self, shared_bytes: int) -> None:
         with self._lock:

@@ -4,56 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import overload
+from functools import reduce
+from operator import or_
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from qdiff.numerics.gemm_layout import widen_segments
 from qdiff.ops import _cupy, _gemm_mma, _gemm_wgmma, _tiles
+from qdiff.ops._problem import Launch, Problem, addresses, addresses_of
 from qdiff.ops.backend import KERNEL_BLOCK
+from qdiff.ops.checks import Checked
 
 
-@dataclass(slots=True)
-class Problem:
-    """A linear layer is the 1x1 convolution of one image, one pixel high and M wide.
+class _Ready(NamedTuple):
+    """What an earlier call made, for those of its kind whose tensors need no copy."""
 
-    x is int8 [B, H, W, C] in memory, x_scale float32 [R, S], the weights as the operators take them (`weight_kind` 4:
-    multipliers, 5: codebook, 8: int8). up has x_low's dtype.
-    """
-
-    x: Tensor
-    B: int
-    H: int
-    W: int
-    C: int
-    OH: int
-    OW: int
-    N: int
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    segments: tuple[int, ...]
-    x_scale: Tensor
-    weight_kind: int
-    codes: Tensor
-    multipliers: Tensor | None
-    codebook: Tensor | None
-    scale: Tensor
-    bias: Tensor | None
-    shift: Tensor | None
-    residual: Tensor | None
-    x_low: Tensor | None
-    up: Tensor | None
-    out_dtype: torch.dtype
+    launch: Launch
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
 
 
-_forced_path: str | None = None
-_forced_tile: str | None = None
+_Tensors = tuple[Tensor | None, ...]  # in the order of `addresses`, without the result
+
+# A path and a tile, by name.
+_forced: tuple[str | None, str | None] = (None, None)
 
 
 def linear(
+    known: Checked,
     x_codes: Tensor,
     x_scale: Tensor,
     codes: Tensor,
@@ -67,9 +49,14 @@ def linear(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """`w4a8_linear` and `w8a8_linear` (no multipliers, no codebook) on checked CUDA arguments; K a multiple of 32."""
+    weights = (codes, multipliers, codebook, scale)
+    tensors = (x_codes, *weights, bias, None, residual, x_scale, x_low, up)
+    done = _again(known, tensors)
+    if done is not None:
+        return done
     k, n = x_codes.shape[-1], codes.shape[0]
     out = torch.empty(*x_codes.shape[:-1], n, dtype=out_dtype, device=x_codes.device)
-    m = out.numel() // n
+    m = x_codes.numel() // k
     if x_low is not None and up is not None:
         x_low, up = _dense(x_low), _dense(up.to(x_low.dtype))
     problem = Problem(
@@ -98,12 +85,11 @@ def linear(
         up=up,
         out_dtype=out_dtype,
     )
-    if m:
-        _run(problem, out)
-    return out
+    return _compute(known, tensors, problem, out)
 
 
 def conv2d(
+    known: Checked,
     x_codes: Tensor,
     x_scale: Tensor,
     codes: Tensor,
@@ -121,6 +107,11 @@ def conv2d(
 ) -> Tensor:
     """`w4a8_conv2d` (groups of 32) and `w8a8_conv2d` (no multipliers, no codebook, any segments) on checked CUDA
     arguments."""
+    weights = (codes, multipliers, codebook, scale)
+    tensors = (x_codes, *weights, bias, shift, residual, x_scale, None, None)
+    done = _again(known, tensors)
+    if done is not None:
+        return done
     batch, _, height, width = x_codes.shape
     n, nhwc = codes.shape[0], x_codes.permute(0, 2, 3, 1)
     widths = [-(-channels // KERNEL_BLOCK) * KERNEL_BLOCK for channels in segments]
@@ -158,9 +149,7 @@ def conv2d(
         up=None,
         out_dtype=out_dtype,
     )
-    if out.numel():
-        _run(problem, out)
-    return out
+    return _compute(known, tensors, problem, out)
 
 
 def _kind(multipliers: Tensor | None, codebook: Tensor | None) -> int:
@@ -179,11 +168,37 @@ def _dense(x: Tensor | None) -> Tensor | None:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _run(problem: Problem, out: Tensor) -> None:
-    path = _forced_path or ("wgmma" if _cupy.capability(out.device) == (9, 0) else "mma")
+def _again(known: Checked, tensors: _Tensors) -> Tensor | None:
+    """The result, by the launch that an earlier call of this kind left; None where there is none, or needs copies."""
+    ready: _Ready | None = known.prepared.get(_forced)
+    if ready is None:
+        return None
+    places = addresses_of(tensors)
+    if reduce(or_, places) % 16:
+        return None
+    out = torch.empty_strided(ready.shape, ready.strides, dtype=ready.dtype, device=ready.device)
+    places.append(out.data_ptr())
+    ready.launch(places)
+    return out
+
+
+def _compute(known: Checked, tensors: _Tensors, problem: Problem, out: Tensor) -> Tensor:
+    """Compute `out`, and leave the launch to other calls of this kind if it reads the operator's own tensors."""
+    if out.numel():
+        launch = _run(problem, out)
+        if addresses(problem, out)[:-1] == addresses_of(tensors):
+            known.prepared[_forced] = _Ready(launch, out.shape, out.stride(), out.dtype, out.device)
+    return out
+
+
+def _run(problem: Problem, out: Tensor) -> Launch:
+    forced_path, forced_tile = _forced
+    path = forced_path or ("wgmma" if _cupy.capability(out.device) == (9, 0) else "mma")
     kernels = _gemm_wgmma if path == "wgmma" and _gemm_wgmma.refusal(problem) is None else _gemm_mma
-    forced = next((tile for tile in kernels.TILES if tile.name == _forced_tile), None)
-    kernels.launch(problem, out, forced or _tiles.choose(kernels, problem, out))
+    forced = next((tile for tile in kernels.TILES if tile.name == forced_tile), None)
+    launch = kernels.prepare(problem, out, forced or _tiles.choose(kernels, problem, out))
+    launch(addresses(problem, out))
+    return launch
 
 
 TILES = [tile.name for tile in _gemm_wgmma.TILES]
@@ -192,21 +207,23 @@ TILES = [tile.name for tile in _gemm_wgmma.TILES]
 @contextmanager
 def forced_path(path: str) -> Iterator[None]:
     """Run every problem on "wgmma" or "mma": for tests and benchmarks; the whole process."""
-    global _forced_path
-    before, _forced_path = _forced_path, path
-    try:
+    with _forcing(path, _forced[1]):
         yield
-    finally:
-        _forced_path = before
 
 
 @contextmanager
 def forced_tile(name: str) -> Iterator[None]:
     """Run every problem with the tile of this name where its kernel has it: for tests and benchmarks;
     the whole process."""
-    global _forced_tile
-    before, _forced_tile = _forced_tile, name
+    with _forcing(_forced[0], name):
+        yield
+
+
+@contextmanager
+def _forcing(path: str | None, tile: str | None) -> Iterator[None]:
+    global _forced
+    before, _forced = _forced, (path, tile)
     try:
         yield
     finally:
-        _forced_tile = before
+        _forced = before

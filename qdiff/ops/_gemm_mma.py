@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, NamedTuple
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from qdiff.ops import _cupy
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from qdiff.ops._gemm import Problem
+from qdiff.ops._problem import Launch, Problem, addresses
 
 THREADS = 256
 MAX_SEGMENTS = 4
@@ -36,33 +35,14 @@ class Tile(NamedTuple):
 
 TILES = [Tile(features, tokens) for tokens in (128, 64, 32, 16) for features in (128, 64)]
 
-_POINTERS = (
-    "x",
-    "codes",
-    "multipliers",
-    "codebook",
-    "scale",
-    "bias",
-    "shift",
-    "residual",
-    "x_scale",
-    "x_low",
-    "up",
-    "out",
-)
-_GEOMETRY = ("B", "H", "W", "C", "OH", "OW", "N", "KH", "KW", "stride_h", "stride_w", "pad_h", "pad_w", "segments")
-_REST = ("x_scale_pixels", "rank", "bias_dtype", "shift_dtype", "low_dtype", "out_dtype")
+_POINTERS = struct.Struct("12Q")
+_INTEGERS = struct.Struct("24i")
 
 
-class Params(ctypes.Structure):
-    """The struct of the same name in the kernel."""
+class _Params(ctypes.Structure):
+    """The kernel's parameters: twelve pointers, 24 integers."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int) for name in _GEOMETRY),
-        ("segment_width", ctypes.c_int * MAX_SEGMENTS),
-        *((name, ctypes.c_int) for name in _REST),
-    ]
+    _fields_ = [("data", ctypes.c_ubyte * (_POINTERS.size + _INTEGERS.size))]
 
 
 def fits(tile: Tile, problem: Problem) -> bool:
@@ -76,7 +56,7 @@ def guess(problem: Problem) -> Tile:
     return choose_tile(problem.N, pixels, _cupy.multiprocessors(problem.x.device))
 
 
-def launch(problem: Problem, out: Tensor, tile: Tile | None = None) -> None:
+def launch(problem: Problem, out: Tensor, tile: Tile) -> None:
     """Compute `problem` into `out` on torch's current stream.
 
     Args:
@@ -84,17 +64,24 @@ def launch(problem: Problem, out: Tensor, tile: Tile | None = None) -> None:
             aligned to 16 bytes. The low-rank branch runs on the tensor cores when its type is one of theirs and its
             rank a multiple of 8.
         out: [B, OH, OW, N] in memory, of the problem's out_dtype.
-        tile: of `TILES`; `choose_tile` picks one by default.
+        tile: of `TILES`.
     """
+    prepare(problem, out, tile)(addresses(problem, out))
+
+
+def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
+    """`launch` for the tensors at other addresses too."""
     pixels = problem.B * problem.OH * problem.OW
-    if pixels == 0:
-        return
-    tile = tile or guess(problem)
     depth = stages(tile, _cupy.capability(out.device))
-    macros = defines(tile, problem.weight_kind, depth, len(problem.segments) > 1)
-    blocks = -(-problem.N // tile.features) * -(-pixels // tile.tokens)
+    kernel = _cupy.kernel("gemm_mma", defines(tile, problem.weight_kind, depth, len(problem.segments) > 1))
+    grid = (-(-problem.N // tile.features) * -(-pixels // tile.tokens), 1, 1)
     shared = shared_bytes(tile, problem.weight_kind, depth)
-    _cupy.kernel("gemm_mma", macros).launch((blocks, 1, 1), THREADS, shared, params(problem, out))
+    integers = _integers(problem, out)
+
+    def run(places: Sequence[int]) -> None:
+        kernel.launch(grid, THREADS, shared, _Params.from_buffer_copy(_POINTERS.pack(*places) + integers))
+
+    return run
 
 
 def choose_tile(features: int, pixels: int, multiprocessors: int) -> Tile:
@@ -143,47 +130,19 @@ def defines(tile: Tile, weight: int, depth: int, segmented: bool) -> tuple[tuple
     )
 
 
-def params(problem: Problem, out: Tensor) -> Params:
-    """The kernel's parameter. The tensors must outlive the launch, not the kernel."""
-    pixels = problem.B * problem.OH * problem.OW
+def _integers(problem: Problem, out: Tensor) -> bytes:
+    """The tail of the kernel's parameters."""
+    p = problem
+    pixels = p.B * p.OH * p.OW
     raw = out.dtype == torch.int32  # only the accumulators: there may be no scales at all
-    segments = problem.segments
-    return Params(
-        _pointer(problem.x),
-        _pointer(problem.codes),
-        _pointer(problem.multipliers),
-        _pointer(problem.codebook),
-        _pointer(problem.scale),
-        _pointer(problem.bias),
-        _pointer(problem.shift),
-        _pointer(problem.residual),
-        _pointer(problem.x_scale),
-        _pointer(problem.x_low),
-        _pointer(problem.up),
-        out.data_ptr(),
-        problem.B,
-        problem.H,
-        problem.W,
-        problem.C,
-        problem.OH,
-        problem.OW,
-        problem.N,
-        *problem.kernel,
-        *problem.stride,
-        *problem.padding,
-        len(segments),
-        (ctypes.c_int * MAX_SEGMENTS)(*segments),
-        pixels if raw else pixels // problem.x_scale.shape[0],
-        0 if problem.up is None else problem.up.shape[1],
-        _dtype(problem.bias),
-        _dtype(problem.shift),
-        _dtype(problem.x_low),
-        _DTYPES[out.dtype],
+    return _INTEGERS.pack(
+        *(p.B, p.H, p.W, p.C, p.OH, p.OW, p.N),
+        *(*p.kernel, *p.stride, *p.padding),
+        *(len(p.segments), *p.segments, *([0] * (MAX_SEGMENTS - len(p.segments)))),
+        pixels if raw else pixels // p.x_scale.shape[0],
+        0 if p.up is None else p.up.shape[1],
+        *(_dtype(p.bias), _dtype(p.shift), _dtype(p.x_low), _DTYPES[out.dtype]),
     )
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _dtype(tensor: Tensor | None) -> int:

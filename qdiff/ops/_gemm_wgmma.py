@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from qdiff.ops import _cupy
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from qdiff.ops._gemm import Problem
+from qdiff.ops._problem import Launch, Problem, addresses
 
 _SHARED_LIMIT = 232448  # bytes a block may have on Hopper
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3}
 _MAX_RANK = 128
 _RANKS = 32  # of the low-rank branch in a stage
-_MAX_MAPS = 4096
+_MAX_MAPS = 1024
 
 NAME = "wgmma"
 
@@ -206,7 +204,7 @@ def _box(tokens: int, images: int, height: int, width: int, stride: tuple[int, i
 
 
 def _stored_box(box: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The part of a tile's box that is stored at once: the first tokens of it, a box too where all are powers of two."""
+    """The part of a tile's box that is stored at once: its first tokens, a box too where all are powers of two."""
     w, h, n = box
     tokens = _stored(w * h * n)
     if tokens == w * h * n:
@@ -224,14 +222,20 @@ def launch(problem: Problem, out: Tensor, tile: Tile) -> None:
         out: [B, OH, OW, N] in memory.
         tile: one of TILES.
     """
-    p, x, n = problem, problem.x, problem.N
+    prepare(problem, out, tile)(addresses(problem, out))
+
+
+def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
+    """`launch` for the tensors at other addresses too."""
+    p, n, device = problem, problem.N, problem.x.device
     # Integers are stored as they are: nothing is added to them.
-    added = (p.bias, p.shift, p.residual, p.up) if p.out_dtype != torch.int32 else (None, None, None, None)
-    bias, shift, residual, up = added
+    plain = p.out_dtype == torch.int32
+    added = (p.bias, p.shift, p.residual, p.up)
+    bias, shift, residual, up = (None, None, None, None) if plain else added
     rank = 0 if up is None else up.shape[1]
     elements = out.element_size() != 2 or n % 8 != 0
     plan = _plan(
-        x.device.index,
+        device.index,
         tile,
         p.weight_kind,
         p.B,
@@ -256,62 +260,70 @@ def launch(problem: Problem, out: Tensor, tile: Tile) -> None:
     (w, h, b), c = plan.box, p.C
     weight_bytes = p.codes.shape[1]
     row, swizzle = (128, 3) if p.weight_kind == 8 else (64, 2)
-    weight_map = _map(p.codes.data_ptr(), (weight_bytes, n), (weight_bytes,), (row, 128), (1, 1), swizzle)
-    input_map = _map(
-        x.data_ptr(),
+    weight_maps = _maps_of((weight_bytes, n), (weight_bytes,), (row, 128), (1, 1), swizzle)
+    input_maps = _maps_of(
         (c, p.W, p.H, p.B),
         (c, c * p.W, c * p.W * p.H),
         (128, w * p.stride[1], h * p.stride[0], b),
         (1, p.stride[1], p.stride[0], 1),
         3,
     )
-    up_map = low_map = _NO_MAP
-    if rank and p.x_low is not None:
+    up_maps = low_maps = out_maps = None
+    if rank:
         r = 2 * rank
-        up_map = _map(up.data_ptr(), (r, n), (r,), (64, 128), (1, 1), 2)
-        low_map = _map(p.x_low.data_ptr(), (r, p.OW, 1, 1), (r, r * p.OW, r * p.OW), (64, w, 1, 1), (1, 1, 1, 1), 2)
-    out_map = _NO_MAP
+        up_maps = _maps_of((r, n), (r,), (64, 128), (1, 1), 2)
+        low_maps = _maps_of((r, p.OW, 1, 1), (r, r * p.OW, r * p.OW), (64, w, 1, 1), (1, 1, 1, 1), 2)
     if not elements:
         r = 2 * n
         sizes, strides = (r, p.OW, p.OH, p.B), (r, r * p.OW, r * p.OW * p.OH)
-        out_map = _map(out.data_ptr(), sizes, strides, (128, *_stored_box(plan.box)), (1, 1, 1, 1), 3)
-    # Sums of the segments that are done, in float32: what does not fit the registers beside the accumulators.
-    partial = torch.empty(plan.partial, dtype=torch.uint8, device=x.device) if plan.partial else None
-    pointers = _POINTERS.pack(
-        *(0 if t is None else t.data_ptr() for t in (p.multipliers, p.codebook)),
-        p.scale.data_ptr(),
-        p.x_scale.data_ptr(),
-        *(0 if t is None else t.data_ptr() for t in added[:3]),
-        0 if partial is None else partial.data_ptr(),
-        out.data_ptr(),
-    )
-    params = _Params.from_buffer_copy(
-        b"".join((weight_map, input_map, up_map, low_map, out_map, pointers, plan.integers))
-    )
-    plan.kernel.launch(plan.grid, 384, plan.shared_bytes, params)
+        out_maps = _maps_of(sizes, strides, (128, *_stored_box(plan.box)), (1, 1, 1, 1), 3)
+
+    def run(places: Sequence[int]) -> None:
+        x, codes, multipliers, codebook, scale, bias, shift, residual, x_scale, x_low, up, out = places
+        if plain:
+            bias = shift = residual = 0
+        # Sums of the segments that are done, in float32: what does not fit the registers beside the accumulators.
+        partial = torch.empty(plan.partial, dtype=torch.uint8, device=device) if plan.partial else None
+        workspace = 0 if partial is None else partial.data_ptr()
+        parts = (
+            weight_maps[codes],
+            input_maps[x],
+            _NO_MAP if up_maps is None else up_maps[up],
+            _NO_MAP if low_maps is None else low_maps[x_low],
+            _NO_MAP if out_maps is None else out_maps[out],
+            _POINTERS.pack(multipliers, codebook, scale, x_scale, bias, shift, residual, workspace, out),
+            plan.integers,
+        )
+        plan.kernel.launch(plan.grid, 384, plan.shared_bytes, _Params.from_buffer_copy(b"".join(parts)))
+
+    return run
 
 
-_maps: dict[tuple, bytes] = {}
+class _Maps(dict[int, bytes]):
+    """The copy engine's tensor maps of one shape, by address; made when they are first asked for.
 
-
-def _map(
-    address: int,
-    sizes: tuple[int, ...],
-    strides: tuple[int, ...],
-    box: tuple[int, ...],
-    steps: tuple[int, ...],
-    swizzle: int,
-) -> bytes:
-    """A tensor map of the copy engine. It says where and how to read and holds nothing else, so one that was made for
-    an address and a shape stays right for them; the caching allocator hands out the same addresses again and again.
+    A map says where and how to read and holds nothing else, so one that was made for an address and a shape stays right
+    for them; the caching allocator hands out the same addresses again and again.
     """
-    key = (address, sizes, strides, box, steps, swizzle)
-    found = _maps.get(key)
-    if found is None:
-        if len(_maps) >= _MAX_MAPS:
-            _maps.clear()
-        found = _maps[key] = _encode(*key)
-    return found
+
+    def __init__(self, *shape: Any) -> None:
+        self.shape = shape
+
+    def __missing__(self, address: int) -> bytes:
+        if len(self) >= _MAX_MAPS:
+            self.clear()
+        found = self[address] = _encode(address, *self.shape)
+        return found
+
+
+_maps: dict[tuple[Any, ...], _Maps] = {}
+
+
+def _maps_of(*shape: Any) -> _Maps:
+    """Those of these sizes, strides, box, steps and swizzle: `_encode`'s arguments but for the address."""
+    if len(_maps) >= _MAX_MAPS:
+        _maps.clear()  # launches that are ready keep theirs
+    return _maps.setdefault(shape, _Maps(*shape))
 
 
 def _encode(

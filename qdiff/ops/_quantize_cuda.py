@@ -67,25 +67,26 @@ class _Sample(ctypes.Structure):
 def quantize_per_token(x: Tensor, smooth: Tensor | None, down: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """What `qdiff.ops.quantize_per_token` computes, on checked arguments on the current CUDA device."""
     x, smooth = x.contiguous(), _contiguous(smooth)
-    k = x.shape[-1]
-    rows = x.numel() // k
+    dtype, device, (*shape, k) = x.dtype, x.device, x.shape
+    rows, multiprocessors = x.numel() // k, _cupy.multiprocessors(device)
     codes = torch.empty_like(x, dtype=torch.int8)
-    scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    aligned = not (x.data_ptr() | _address(smooth)) % 16
-    if down is not None and aligned and _fuses(x.device, x.dtype, k, down.shape[0]):
-        down = down.to(x.dtype).contiguous()
+    scale = torch.empty(shape, dtype=torch.float32, device=device)
+    places = (x.data_ptr(), _address(smooth))
+    aligned = not (places[0] | places[1]) % 16
+    if down is not None and aligned and _fuses(device, dtype, k, down.shape[0]):
+        down = down.to(dtype).contiguous()
         if not down.data_ptr() % 16:
             rank = down.shape[0]
-            low = torch.empty(*x.shape[:-1], rank, dtype=x.dtype, device=x.device)
-            addresses = (x.data_ptr(), _address(smooth), down.data_ptr(), codes.data_ptr(), scale.data_ptr())
-            clusters = _cupy.capability(x.device) >= (9, 0)
-            plan = _token_down_plan(_TYPES[x.dtype], rows, k, rank, clusters, _cupy.multiprocessors(x.device))
-            plan.run(_TokenDown(*addresses, low.data_ptr(), rows, k, rank))
+            low = torch.empty((*shape, rank), dtype=dtype, device=device)
+            clusters = _cupy.capability(device) >= (9, 0)
+            plan = _token_down_plan(_TYPES[dtype], rows, k, rank, clusters, multiprocessors)
+            results = (codes.data_ptr(), scale.data_ptr(), low.data_ptr())
+            plan.run(_TokenDown(*places, down.data_ptr(), *results, rows, k, rank))
             return codes, scale, low
-    plan = _token_plan(_TYPES[x.dtype], rows, k, aligned and k % 8 == 0, _cupy.multiprocessors(x.device))
-    plan.run(_Token(x.data_ptr(), _address(smooth), codes.data_ptr(), scale.data_ptr(), rows, k))
+    plan = _token_plan(_TYPES[dtype], rows, k, aligned and k % 8 == 0, multiprocessors)
+    plan.run(_Token(*places, codes.data_ptr(), scale.data_ptr(), rows, k))
     if down is None:
-        return codes, scale, torch.empty(*x.shape[:-1], 0, dtype=x.dtype, device=x.device)
+        return codes, scale, torch.empty((*shape, 0), dtype=dtype, device=device)
     return codes, scale, low_rank_down(x, smooth, down)
 
 
@@ -95,13 +96,12 @@ def quantize_per_sample(
     """What `qdiff.ops.quantize_per_sample` computes, on checked arguments on the current CUDA device."""
     channel_dim %= x.dim()
     if x.dim() == 4 and channel_dim == 1:
-        codes = torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=torch.channels_last)
         # What has one pixel or one channel is in both orders: then there is nothing to turn.
-        if x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
-            _quantize_samples(x, codes, x.shape[1], True, scale, smooth, segments)
-        else:
+        turned = not x.is_contiguous(memory_format=torch.channels_last) and x.is_contiguous()
+        if not turned:
             x = x.contiguous(memory_format=torch.channels_last)
-            _quantize_samples(x, codes, x.shape[1], False, scale, smooth, segments)
+        codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.channels_last)
+        _quantize_samples(x, codes, x.shape[1], turned, scale, smooth, segments)
         return codes
     if channel_dim != x.dim() - 1:
         last = quantize_per_sample(x.movedim(channel_dim, -1), scale, smooth, segments, -1)
@@ -127,16 +127,16 @@ def _quantize_samples(
         columns = [column[:, None].expand(-1, width) for column, width in zip(scale.unbind(1), segments)]
         scale, segments = torch.cat(columns, dim=1), (1,) * channels
     scale, smooth = scale.contiguous(), _contiguous(smooth)
-    batch, pixels = x.shape[0], x.numel() // (x.shape[0] * channels)
-    samples_per_row = batch // scale.shape[0]
+    batch, scale_rows = x.shape[0], scale.shape[0]
+    pixels, samples_per_row = x.numel() // (batch * channels), batch // scale_rows
     if not turned:  # samples that share their scales are one after the other: one sample of more pixels
-        batch, pixels, samples_per_row = scale.shape[0], pixels * samples_per_row, 1
-    aligned = not x.data_ptr() % 16
+        batch, pixels, samples_per_row = scale_rows, pixels * samples_per_row, 1
+    address = x.data_ptr()
     plan, ends, tail = _sample_plan(
-        _TYPES[x.dtype], batch, pixels, turned, aligned, tuple(segments), _cupy.multiprocessors(x.device)
+        _TYPES[x.dtype], batch, pixels, turned, not address % 16, tuple(segments), _cupy.multiprocessors(x.device)
     )
-    addresses = (x.data_ptr(), scale.data_ptr(), _address(smooth), codes.data_ptr())
-    plan.run(_Sample(*addresses, channels, pixels, samples_per_row, len(segments), ends, *tail))
+    places = (address, scale.data_ptr(), _address(smooth), codes.data_ptr())
+    plan.run(_Sample(*places, channels, pixels, samples_per_row, len(segments), ends, *tail))
 
 
 @lru_cache(maxsize=4096)

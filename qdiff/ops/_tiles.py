@@ -20,7 +20,7 @@ from torch import Tensor
 from qdiff.ops import _cupy
 
 if TYPE_CHECKING:
-    from qdiff.ops._gemm import Problem
+    from qdiff.ops._problem import Launch, Problem
 
 
 class _Named(Protocol):
@@ -39,6 +39,7 @@ class Kernels(Protocol[Tile]):
 
     def fits(self, tile: Tile, problem: Problem) -> bool: ...
     def guess(self, problem: Problem) -> Tile: ...
+    def prepare(self, problem: Problem, out: Tensor, tile: Tile) -> Launch: ...
     def launch(self, problem: Problem, out: Tensor, tile: Tile) -> None: ...
 
 

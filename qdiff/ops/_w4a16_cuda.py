@@ -139,6 +139,7 @@ def _weight(multipliers: Tensor | None, codebook: Tensor | None) -> int:
     return 4 if multipliers is not None else 5 if codebook is not None else 8
 
 
+@lru_cache
 def _limits(device: torch.device) -> tuple[int, int]:
     return _shared_limit(device), _cupy.multiprocessors(device)
 

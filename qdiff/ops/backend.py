@@ -90,7 +90,11 @@ def refuses_linear(k: int, group_size: int, weight_is_4bit: bool) -> str | None:
 
 def refuses_conv(segments: Sequence[int]) -> str | None:
     """Why the matrix kernels do not take a convolution of these channel segments, or None."""
-    return f"{len(segments)} channel segments, expected {_MOST_SEGMENTS} or fewer" if len(segments) > _MOST_SEGMENTS else None
+    return (
+        f"{len(segments)} channel segments, expected {_MOST_SEGMENTS} or fewer"
+        if len(segments) > _MOST_SEGMENTS
+        else None
+    )
 
 
 _backend: Backend = "auto"

@@ -1,9 +1,12 @@
 """Checks that every operator makes before it computes.
 
-They run on every call, so what fits is recognised by plain comparisons; only a failure looks at the details.
+A kind of call that has passed is remembered, so that another one is a look into a table.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +17,46 @@ INT8 = (torch.int8,)
 UINT8 = (torch.uint8,)
 # torch.int32 asks for the integer accumulators themselves.
 OUT_DTYPES = (*FLOATS, torch.int32)
+
+_MOST_KINDS = 4096
+
+
+class Checked:
+    """What is known of a kind of call that has passed its checks.
+
+    Attributes:
+        refusal: why the kernels do not take it, or None.
+        prepared: what a launcher keeps for the next call.
+    """
+
+    __slots__ = ("prepared", "refusal")
+
+    def __init__(self, refusal: str | None) -> None:
+        self.refusal = refusal
+        self.prepared: dict[Hashable, Any] = {}
+
+
+CHECKED: dict[Hashable, Checked] = {}
+
+
+def kind_of_call(operator: str, tensors: Sequence[Tensor | None], *rest: Hashable) -> Hashable:
+    """All that checks look at, and all that a launch depends on but the tensors' addresses.
+
+    Args:
+        operator: its name.
+        tensors: all of its arguments that are tensors, or None.
+        rest: all of its other arguments.
+    """
+    layouts = [t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+    return (operator, *layouts, *rest)
+
+
+def remember(kind: Hashable, refusal: str | None = None) -> Checked:
+    """Enter a kind of call that has passed into `CHECKED`."""
+    if len(CHECKED) >= _MOST_KINDS:
+        CHECKED.clear()
+    known = CHECKED[kind] = Checked(refusal)
+    return known
 
 
 def check_tensor(

@@ -8,7 +8,7 @@ from torch import Tensor
 from qdiff.numerics.packing import expand_weight
 from qdiff.ops import _gemm
 from qdiff.ops.backend import KERNEL_BLOCK, refuses_conv, runs_kernel
-from qdiff.ops.checks import check_group_size, check_int4_weight
+from qdiff.ops.checks import CHECKED, check_group_size, check_int4_weight, kind_of_call, remember
 from qdiff.ops.registry import operator
 from qdiff.ops.w8a8_conv2d import check_conv_input, empty_conv_output, int8_conv2d
 
@@ -76,16 +76,20 @@ def w4a8_conv2d(
     Returns:
         out_dtype [B, N, H', W'] in channels-last order.
     """
-    n, geometry = codes.shape[0], (kernel, stride, padding, segments)
-    check_conv_input(x_codes, x_scale, n, bias, shift, residual, *geometry, out_dtype)
-    check_group_size(group_size, segments)
-    k = x_codes.shape[1] * kernel[0] * kernel[1]
-    check_int4_weight(codes, multipliers, codebook, scale, group_size, k, x_codes.device)
-    rest = (scale, bias, shift, residual, *geometry, out_dtype)
-    on_kernel = runs_kernel("w4a8_conv2d", x_codes, refuses_conv(segments))
+    inputs, weights, added = (x_codes, x_scale), (codes, multipliers, codebook, scale), (bias, shift, residual)
+    geometry = (kernel, stride, padding, segments)
+    kind = kind_of_call("w4a8_conv2d", (*inputs, *weights, *added), group_size, *map(tuple, geometry), out_dtype)
+    known = CHECKED.get(kind)
+    if known is None:
+        check_conv_input(*inputs, codes.shape[0], *added, *geometry, out_dtype)
+        check_group_size(group_size, segments)
+        check_int4_weight(*weights, group_size, x_codes.shape[1] * kernel[0] * kernel[1], x_codes.device)
+        known = remember(kind, refuses_conv(segments))
+    rest = (scale, *added, *geometry, out_dtype)
+    on_kernel = runs_kernel("w4a8_conv2d", x_codes, known.refusal)
     if on_kernel and group_size == KERNEL_BLOCK:
-        return _gemm.conv2d(x_codes, x_scale, codes, multipliers, codebook, *rest)
+        return _gemm.conv2d(known, x_codes, x_scale, codes, multipliers, codebook, *rest)
     weight = expand_weight(codes, multipliers, codebook, group_size)
     if on_kernel:  # it unpacks no other groups
-        return _gemm.conv2d(x_codes, x_scale, weight, None, None, *rest)
+        return _gemm.conv2d(known, x_codes, x_scale, weight, None, None, *rest)
     return int8_conv2d(x_codes, x_scale, weight, *rest)

@@ -6,7 +6,7 @@ from torch import Tensor
 from qdiff.numerics.packing import expand_weight
 from qdiff.ops import _gemm
 from qdiff.ops.backend import refuses_linear, runs_kernel
-from qdiff.ops.checks import check_int4_weight, check_linear_input
+from qdiff.ops.checks import CHECKED, check_int4_weight, check_linear_input, kind_of_call, remember
 from qdiff.ops.registry import operator
 from qdiff.ops.w8a8_linear import int8_linear
 
@@ -65,11 +65,15 @@ def w4a8_linear(
     Returns:
         out_dtype [..., N], contiguous.
     """
-    check_linear_input(x_codes, x_scale, codes.shape[0], bias, x_low, up, residual, out_dtype)
-    k = x_codes.shape[-1]
-    check_int4_weight(codes, multipliers, codebook, scale, group_size, k, x_codes.device)
-    if runs_kernel("w4a8_linear", x_codes, refuses_linear(k, group_size, True)):
-        branch = (x_low, up, residual, out_dtype)
-        return _gemm.linear(x_codes, x_scale, codes, multipliers, codebook, scale, bias, *branch)
+    inputs, weights, added = (x_codes, x_scale), (codes, multipliers, codebook, scale), (bias, x_low, up, residual)
+    kind = kind_of_call("w4a8_linear", (*inputs, *weights, *added), group_size, out_dtype)
+    known = CHECKED.get(kind)
+    if known is None:
+        check_linear_input(*inputs, codes.shape[0], *added, out_dtype)
+        k = x_codes.shape[-1]
+        check_int4_weight(*weights, group_size, k, x_codes.device)
+        known = remember(kind, refuses_linear(k, group_size, True))
+    if runs_kernel("w4a8_linear", x_codes, known.refusal):
+        return _gemm.linear(known, x_codes, x_scale, codes, multipliers, codebook, scale, *added, out_dtype)
     weight = expand_weight(codes, multipliers, codebook, group_size)
     return int8_linear(x_codes, x_scale, weight, scale, bias, x_low, up, residual, out_dtype)

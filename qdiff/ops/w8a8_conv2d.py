@@ -10,6 +10,7 @@ from qdiff.numerics.integer_matmul import int_matmul
 from qdiff.ops import _gemm
 from qdiff.ops.backend import refuses_conv, runs_kernel
 from qdiff.ops.checks import (
+    CHECKED,
     FLOAT32,
     FLOATS,
     INT8,
@@ -19,6 +20,8 @@ from qdiff.ops.checks import (
     check_int8_weight,
     check_segments,
     check_tensor,
+    kind_of_call,
+    remember,
 )
 from qdiff.ops.registry import operator
 
@@ -81,13 +84,16 @@ def w8a8_conv2d(
     Returns:
         out_dtype [B, N, H', W'] in channels-last order.
     """
-    geometry = (kernel, stride, padding, segments)
-    check_conv_input(x_codes, x_scale, codes.shape[0], bias, shift, residual, *geometry, out_dtype)
-    check_int8_weight(codes, scale, x_codes.shape[1] * kernel[0] * kernel[1], x_codes.device)
-    if runs_kernel("w8a8_conv2d", x_codes, refuses_conv(segments)):
-        added = (bias, shift, residual)
-        return _gemm.conv2d(x_codes, x_scale, codes, None, None, scale, *added, *geometry, out_dtype)
-    return int8_conv2d(x_codes, x_scale, codes, scale, bias, shift, residual, *geometry, out_dtype)
+    added, geometry = (bias, shift, residual), (kernel, stride, padding, segments)
+    kind = kind_of_call("w8a8_conv2d", (x_codes, x_scale, codes, scale, *added), *map(tuple, geometry), out_dtype)
+    known = CHECKED.get(kind)
+    if known is None:
+        check_conv_input(x_codes, x_scale, codes.shape[0], *added, *geometry, out_dtype)
+        check_int8_weight(codes, scale, x_codes.shape[1] * kernel[0] * kernel[1], x_codes.device)
+        known = remember(kind, refuses_conv(segments))
+    if runs_kernel("w8a8_conv2d", x_codes, known.refusal):
+        return _gemm.conv2d(known, x_codes, x_scale, codes, None, None, scale, *added, *geometry, out_dtype)
+    return int8_conv2d(x_codes, x_scale, codes, scale, *added, *geometry, out_dtype)
 
 
 def int8_conv2d(

@@ -6,7 +6,7 @@ from torch import Tensor
 from qdiff.numerics.integer_matmul import int_matmul
 from qdiff.ops import _gemm
 from qdiff.ops.backend import refuses_linear, runs_kernel
-from qdiff.ops.checks import check_int8_weight, check_linear_input
+from qdiff.ops.checks import CHECKED, check_int8_weight, check_linear_input, kind_of_call, remember
 from qdiff.ops.registry import operator
 from qdiff.ops.row_blocks import row_blocks
 
@@ -54,11 +54,16 @@ def w8a8_linear(
     Returns:
         out_dtype [..., N], contiguous.
     """
-    check_linear_input(x_codes, x_scale, codes.shape[0], bias, x_low, up, residual, out_dtype)
-    check_int8_weight(codes, scale, x_codes.shape[-1], x_codes.device)
-    if runs_kernel("w8a8_linear", x_codes, refuses_linear(x_codes.shape[-1], 0, False)):
-        return _gemm.linear(x_codes, x_scale, codes, None, None, scale, bias, x_low, up, residual, out_dtype)
-    return int8_linear(x_codes, x_scale, codes, scale, bias, x_low, up, residual, out_dtype)
+    added = (bias, x_low, up, residual)
+    kind = kind_of_call("w8a8_linear", (x_codes, x_scale, codes, scale, *added), out_dtype)
+    known = CHECKED.get(kind)
+    if known is None:
+        check_linear_input(x_codes, x_scale, codes.shape[0], *added, out_dtype)
+        check_int8_weight(codes, scale, x_codes.shape[-1], x_codes.device)
+        known = remember(kind, refuses_linear(x_codes.shape[-1], 0, False))
+    if runs_kernel("w8a8_linear", x_codes, known.refusal):
+        return _gemm.linear(known, x_codes, x_scale, codes, None, None, scale, *added, out_dtype)
+    return int8_linear(x_codes, x_scale, codes, scale, *added, out_dtype)
 
 
 def int8_linear(

@@ -1,14 +1,18 @@
-"""What convolutions of any channels hand to the matrix kernels, which take segments of whole blocks; without a GPU."""
+"""What operators hand to the matrix kernels, and what a second call of a kind keeps of the first; without a GPU."""
 
+import gc
 import math
+import struct
 import sys
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qdiff import ops
 from qdiff.numerics.packing import pack_int4, pack_multipliers
-from qdiff.ops import _gemm
+from qdiff.ops import _cupy, _gemm, _gemm_wgmma, _tiles, checks
 from qdiff.ops.w8a8_conv2d import int8_conv2d
 
 N, KERNEL = 6, (3, 2)
@@ -84,3 +88,128 @@ def test_4_bit_weights_in_smaller_groups_become_8_bit_ones(segments, codebook, l
     assert torch.equal(got, ops.w4a8_conv2d(**arguments))
     assert_whole_blocks(launched[0], segments)
     assert launched[0].weight_kind == 8
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of capability 9.0, whose kernels only write down their parameters; CPU tensors are taken for its own."""
+    made = SimpleNamespace(kernels=[], params=[])
+
+    def kernel(source, defines):
+        made.kernels.append((source, dict(defines)))
+        return SimpleNamespace(launch=lambda grid, threads, shared, params: made.params.append(bytes(params)))
+
+    def forget():
+        checks.CHECKED.clear()
+        _gemm_wgmma._plan.cache_clear()
+        _gemm_wgmma._maps.clear()
+
+    made.forget = forget
+    monkeypatch.setattr(_cupy, "kernel", kernel)
+    monkeypatch.setattr(_cupy, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(_cupy, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(_gemm_wgmma, "_encode", lambda *shape: struct.pack("Q", shape[0]).ljust(128, b"\0"))
+    monkeypatch.setattr(_tiles, "_chosen", {})
+    forget()
+    yield made
+    forget()
+
+
+def linear_inputs(rank=8):
+    return {
+        "x_codes": torch.zeros(5, 64, dtype=torch.int8),
+        "x_scale": torch.ones(5),
+        "codes": torch.zeros(24, 64, dtype=torch.int8),
+        "scale": torch.ones(24),
+        "bias": torch.zeros(24, dtype=torch.float16),
+        "x_low": torch.zeros(5, rank, dtype=torch.float16),
+        "up": torch.zeros(24, rank, dtype=torch.float16),
+        "residual": torch.zeros(5, 24, dtype=torch.float16),
+        "out_dtype": torch.float16,
+    }
+
+
+def conv_inputs():
+    arguments = inputs((64, 32)) | {"codes": torch.zeros(N, 96 * math.prod(KERNEL), dtype=torch.int8)}
+    return arguments | {"residual": arguments["residual"].contiguous(memory_format=torch.channels_last)}
+
+
+CALLS = {"w8a8_linear": linear_inputs, "w8a8_conv2d": conv_inputs}
+
+
+@pytest.mark.parametrize("path", ["mma", "wgmma"])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_second_call_of_a_kind_launches_what_a_first_one_would(name, path, gpu, monkeypatch):
+    def launched(arguments):
+        result = on_kernels(monkeypatch, name, arguments)
+        return result, gpu.params[-1].replace(struct.pack("Q", result.data_ptr()), b"the result's")
+
+    one, other = CALLS[name](), CALLS[name]()
+    with _gemm.forced_path(path):
+        expected, params = launched(other)
+        gpu.forget()
+        launched(one)
+        asked = len(gpu.kernels)
+        result, again = launched(other)
+    assert again == params
+    assert (result.shape, result.stride(), result.dtype) == (expected.shape, expected.stride(), expected.dtype)
+    assert len(gpu.kernels) == asked == 2
+    assert gpu.kernels[0][0] == f"gemm_{path}"
+
+
+@pytest.mark.parametrize("moved", ["x_codes", "codes", "bias", "residual"])
+@pytest.mark.parametrize("how", ["misaligned", "strided"])
+def test_a_second_call_copies_what_the_kernels_cannot_read(moved, how, gpu, monkeypatch):
+    arguments = linear_inputs()
+    wide = torch.zeros(2 * arguments[moved].numel() + 1, dtype=arguments[moved].dtype)
+    flat = wide[1 : 1 + arguments[moved].numel()] if how == "misaligned" else wide[:-1:2]
+    view = flat.view(arguments[moved].shape)
+    with _gemm.forced_path("mma"):
+        on_kernels(monkeypatch, "w8a8_linear", arguments)
+        on_kernels(monkeypatch, "w8a8_linear", arguments | {moved: view})
+    before, after = (struct.unpack("12Q", params[:96]) for params in gpu.params)
+    place = before.index(arguments[moved].data_ptr())
+    assert after[place] not in (arguments[moved].data_ptr(), view.data_ptr())
+    assert not any(address % 16 for address in after)
+
+
+def test_a_second_call_runs_what_is_forced(gpu, monkeypatch):
+    on_kernels(monkeypatch, "w8a8_linear", linear_inputs())
+    for path, tile, expected in (("mma", "64x32", ("gemm_mma", 32)), ("wgmma", "128x96", ("gemm_wgmma", 96))):
+        with _gemm.forced_path(path), _gemm.forced_tile(tile):
+            on_kernels(monkeypatch, "w8a8_linear", linear_inputs())
+        source, macros = gpu.kernels[-1]
+        assert (source, macros["TOKENS"]) == expected
+    asked = len(gpu.kernels)
+    on_kernels(monkeypatch, "w8a8_linear", linear_inputs())
+    assert len(gpu.kernels) == asked
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"scale": torch.ones(24).half()},
+        {"bias": torch.zeros(25)},
+        {"x_low": None},
+        {"codes": torch.zeros(24, 64, dtype=torch.uint8)},
+        {"residual": torch.zeros(5, 24)},
+        {"out_dtype": torch.float32},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_a_second_call_is_checked(wrong, gpu, monkeypatch):
+    on_kernels(monkeypatch, "w8a8_linear", linear_inputs())
+    with pytest.raises(ValueError, match="expected"):
+        on_kernels(monkeypatch, "w8a8_linear", linear_inputs() | wrong)
+    assert len(gpu.params) == 1
+
+
+def test_what_is_kept_for_a_second_call_keeps_no_tensor_alive(gpu, monkeypatch):
+    arguments = linear_inputs()
+    left = [
+        weakref.ref(on_kernels(monkeypatch, "w8a8_linear", arguments)),
+        *map(weakref.ref, list(arguments.values())[:-1]),
+    ]
+    del arguments
+    gc.collect()
+    assert not any(ref() is not None for ref in left)

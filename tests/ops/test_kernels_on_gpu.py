@@ -34,11 +34,14 @@ def kernels_only():
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The kernels that were launched, by the module that did."""
-    names = []
-    for name, module in (("mma", _gemm_mma), ("wgmma", _gemm_wgmma)):
-        launch = module.launch
-        monkeypatch.setattr(module, "launch", lambda *args, n=name, f=launch: (names.append(n), f(*args))[1])
+    """The matrix kernels that were launched."""
+    names, launch = [], _cupy.Kernel.launch
+
+    def and_tell(kernel, *args):
+        names.append(kernel._name.removeprefix("gemm_"))
+        launch(kernel, *args)
+
+    monkeypatch.setattr(_cupy.Kernel, "launch", and_tell)
     return names
 
 
@@ -330,9 +333,8 @@ def test_conv2d_takes_any_strides():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tile", _gemm_mma.TILES, ids=lambda tile: tile.name)
-def test_every_tile_of_the_portable_kernel(kind, tile, monkeypatch):
-    monkeypatch.setattr(_gemm_mma, "choose_tile", lambda *args: tile)
-    with _gemm.forced_path("mma"):
+def test_every_tile_of_the_portable_kernel(kind, tile):
+    with _gemm.forced_path("mma"), _gemm.forced_tile(tile.name):
         every_kind_of_problem(kind)
 
 

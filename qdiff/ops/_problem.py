@@ -1,0 +1,58 @@
+"""What the matrix kernels compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# A launch that is ready but for the addresses: those of `addresses`.
+Launch = Callable[[Sequence[int]], None]
+
+
+@dataclass(slots=True)
+class Problem:
+    """A linear layer is the 1x1 convolution of one image, one pixel high and M wide.
+
+    x is int8 [B, H, W, C] in memory, x_scale float32 [R, S], the weights as the operators take them (`weight_kind` 4:
+    multipliers, 5: codebook, 8: int8). up has x_low's dtype.
+    """
+
+    x: Tensor
+    B: int
+    H: int
+    W: int
+    C: int
+    OH: int
+    OW: int
+    N: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    segments: tuple[int, ...]
+    x_scale: Tensor
+    weight_kind: int
+    codes: Tensor
+    multipliers: Tensor | None
+    codebook: Tensor | None
+    scale: Tensor
+    bias: Tensor | None
+    shift: Tensor | None
+    residual: Tensor | None
+    x_low: Tensor | None
+    up: Tensor | None
+    out_dtype: torch.dtype
+
+
+def addresses(problem: Problem, out: Tensor) -> list[int]:
+    """Where the kernels find a problem's tensors, in this order."""
+    p = problem
+    weights = (p.codes, p.multipliers, p.codebook, p.scale)
+    return addresses_of((p.x, *weights, p.bias, p.shift, p.residual, p.x_scale, p.x_low, p.up, out))
+
+
+def addresses_of(tensors: Sequence[Tensor | None]) -> list[int]:
+    """0 for None."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
