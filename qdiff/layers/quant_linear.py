@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from qdiff.recipe import LayerPlan
 
 
-# Of so few rows (embeddings of time and text, modulations) reading the weights is all the work. 4-bit weights save that;
-# 8-bit activations would save nothing, so these stay as they are, on every device.
+# Of so few rows (embeddings of time and text, modulations) reading the weights is all the work. 4-bit weights save
+# that; 8-bit activations would save nothing, so these stay as they are, on every device.
 FEW_ROWS = 16
 
 

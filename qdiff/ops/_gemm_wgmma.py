@@ -77,8 +77,6 @@ def refusal(problem: Problem) -> str | None:
         return "a low-rank branch in float32"
     if max(problem.stride) > 8:
         return f"a stride of {max(problem.stride)}, which the copy engine does not take"
-    if len(problem.segments) > 4:
-        return f"{len(problem.segments)} channel segments"
     return None
 
 

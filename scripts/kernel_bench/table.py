@@ -10,6 +10,8 @@ from kernel_bench.sections import FEW_ROWS, MANY_ROWS, Row
 
 Sections = dict[str, list[Row]]
 
+WIDE = 3072  # inputs whose products take so long that the rest matters little
+
 
 def ratio(row: Row, other: str, ours: str = "w4a8") -> float:
     """How many times faster ours is; NaN where one of them failed."""
@@ -125,11 +127,21 @@ def summary(sections: Sections) -> list[str]:
     many = [row for row in linear if row["m"] >= MANY_ROWS]
     between = [row for row in linear if row["m"] < MANY_ROWS]
     out = ["SUMMARY: how many times faster, geometric mean and range"]
-    for title, rows in ((f"linear, M >= {MANY_ROWS}", many), (f"linear, {FEW_ROWS} < M < {MANY_ROWS}", between)):
+    wide = [row for row in many if row["k"] >= WIDE]
+    for title, rows in (
+        (f"linear, M >= {MANY_ROWS}", many),
+        (f"linear, M >= {MANY_ROWS}, K >= {WIDE}", wide),
+        (f"linear, {FEW_ROWS} < M < {MANY_ROWS}", between),
+    ):
         for other in ("fp16", "fp8"):
             out += _spread(f"{title}, over {other}", [(row, ratio(row, other)) for row in rows])
+        out += _spread(f"{title}, product / fp16", [(row, ratio(row, "fp16", "gemm")) for row in rows])
     out += _spread(f"linear, M <= {FEW_ROWS}, over fp16", [(row, ratio(row, "fp16", "w4a16")) for row in small])
     out += _spread("conv, over cuDNN fp16", [(row, ratio(row, "fp16")) for row in conv])
+    for window in dict.fromkeys(row["name"].split()[-1] for row in conv):
+        rows = [row for row in conv if row["name"].split()[-1] == window]
+        out += _spread(f"conv {window}, over cuDNN fp16", [(row, ratio(row, "fp16")) for row in rows])
+        out += _spread(f"conv {window}, product / cuDNN fp16", [(row, ratio(row, "fp16", "gemm")) for row in rows])
     out += _spread("conv, over cuDNN fp16 without bias", [(row, ratio(row, "fp16_without_bias")) for row in conv])
     out += _of_peak(many, sections.get("peak", []))
     ranks = [(100 * (row["us"]["w4a8_rank"] / row["us"]["w4a8"] - 1), row["name"]) for row in many]
@@ -152,7 +164,7 @@ def _spread(title: str, pairs: Iterable[tuple[Row, float]]) -> list[str]:
         return []
     (low, where), (high, _) = min(known), max(known)
     mean = statistics.geometric_mean(value for value, _ in known)
-    return [f"{title:36}{mean:6.3f}  {low:.2f} ({where}) to {high:.2f}, {len(known)} shapes"]
+    return [f"{title:42}{mean:6.3f}  {low:.2f} ({where}) to {high:.2f}, {len(known)} shapes"]
 
 
 def _guesses(rows: list[Row]) -> list[str]:
