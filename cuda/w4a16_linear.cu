@@ -42,8 +42,8 @@ constexpr int HALF = TYPE == DTYPE_F16 ? DTYPE_F16 : DTYPE_BF16;
 constexpr int PARTS = TYPE == DTYPE_F32 ? 3 : 1;
 constexpr int THREADS = 32 * WARPS;
 constexpr int LOADS = WEIGHT == 8 ? 2 : 1;
-// From sm_90 on the next kernel's blocks come in beside these, where 64 registers are enough.
-#if __CUDA_ARCH__ >= 900
+// On Hopper the next kernel's blocks come in beside these, where 64 registers are enough.
+#if __CUDA_ARCH__ == 900
 constexpr int RESIDENT = (WEIGHT == 4 && PARTS * ROWS == 8 ? 1024 : 512) / THREADS;
 #else
 constexpr int RESIDENT = 512 / THREADS;
