@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from qdiff.ops import _cupy
-from qdiff.ops._problem import Launch, Problem, addresses
+from qdiff.ops._problem import MAX_SEGMENTS, Launch, Problem
 
 THREADS = 256
-MAX_SEGMENTS = 4
 _STEP = 64  # of K
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3}
 
@@ -56,8 +55,8 @@ def guess(problem: Problem) -> Tile:
     return choose_tile(problem.N, pixels, _cupy.multiprocessors(problem.x.device))
 
 
-def launch(problem: Problem, out: Tensor, tile: Tile) -> None:
-    """Compute `problem` into `out` on torch's current stream.
+def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
+    """What computes `problem` into `out` on torch's current stream, from their addresses; and its like at others.
 
     Args:
         problem: checked; every channel segment a multiple of 32 wide, at most `MAX_SEGMENTS` of them; x and codes
@@ -66,11 +65,6 @@ def launch(problem: Problem, out: Tensor, tile: Tile) -> None:
         out: [B, OH, OW, N] in memory, of the problem's out_dtype.
         tile: of `TILES`.
     """
-    prepare(problem, out, tile)(addresses(problem, out))
-
-
-def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
-    """`launch` for the tensors at other addresses too."""
     pixels = problem.B * problem.OH * problem.OW
     depth = stages(tile, _cupy.capability(out.device))
     kernel = _cupy.kernel("gemm_mma", defines(tile, problem.weight_kind, depth, len(problem.segments) > 1))
@@ -149,7 +143,7 @@ def _dtype(tensor: Tensor | None) -> int:
     return 0 if tensor is None else _DTYPES[tensor.dtype]
 
 
-# Everything that `launch` may ask for, on GPUs with asynchronous copies.
+# Everything that `prepare` may ask for, on GPUs with asynchronous copies.
 VARIANTS = [
     ("gemm_mma", defines(tile, weight, stages(tile, (8, 0)), segmented))
     for tile in TILES

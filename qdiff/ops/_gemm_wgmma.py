@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qdiff.ops import _cupy
-from qdiff.ops._problem import Launch, Problem, addresses
+from qdiff.ops._problem import MAX_SEGMENTS, Launch, Problem
 
 _SHARED_LIMIT = 232448  # bytes a block may have on Hopper
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3}
@@ -44,7 +44,7 @@ def fits(tile: Tile, problem: Problem) -> bool:
     """Whether the tile can compute the problem at all."""
     # The low-rank branch is in the pipeline as a whole, at worst beside 8-bit weights.
     stages = 0 if problem.up is None else -(-problem.up.shape[1] // _RANKS)
-    if stages > 2 and stages > _shared(tile, 8, False, False, True)[0]:
+    if stages > _shared(tile, 8, False, False, True)[0]:
         return False
     return tile.split == 1 or tile.split % len(problem.segments) == 0
 
@@ -162,7 +162,7 @@ def _plan(
     integers = _INTEGERS.pack(
         *(features, images, height, width),
         *(kernel[1], kernel[0] * kernel[1], *stride, *padding),
-        *(len(segments), *segments, *([0] * (4 - len(segments)))),
+        *(len(segments), *segments, *([0] * (MAX_SEGMENTS - len(segments)))),
         *(*box, tiles_w, tiles_h, feature_tiles, tiles),
         *(max(1, items // max(1, scale_rows)), int(not linear)),
         *((sum(segments) * kernel[0] * kernel[1] // 32 + 1) // 2,),
@@ -212,19 +212,14 @@ def _stored_box(box: tuple[int, int, int]) -> tuple[int, int, int]:
     return w, h, tokens // (w * h)
 
 
-def launch(problem: Problem, out: Tensor, tile: Tile) -> None:
-    """Compute `problem` into `out`, on the current stream.
+def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
+    """What computes `problem` into `out` on torch's current stream, from their addresses; and its like at others.
 
     Args:
         problem: checked, and one that `refusal` and `fits` let pass.
         out: [B, OH, OW, N] in memory.
         tile: one of TILES.
     """
-    prepare(problem, out, tile)(addresses(problem, out))
-
-
-def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
-    """`launch` for the tensors at other addresses too."""
     p, n, device = problem, problem.N, problem.x.device
     # Integers are stored as they are: nothing is added to them.
     plain = p.out_dtype == torch.int32
@@ -356,7 +351,7 @@ def _encode(
     return ctypes.string_at(at, 128)
 
 
-# A cover of what `launch` may ask for: every tile, and with some of them every other macro.
+# A cover of what `prepare` may ask for: every tile, and with some of them every other macro.
 VARIANTS = [
     ("gemm_wgmma", _defines(tile, weight, rank, low, segmented, out, elements, extras))
     for tile in TILES

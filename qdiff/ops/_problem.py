@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MAX_SEGMENTS = 4  # of a convolution's channels, in the kernels' parameters
+
 # A launch that is ready but for the addresses: those of `addresses`.
 Launch = Callable[[Sequence[int]], None]
 

@@ -12,15 +12,13 @@ import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from qdiff.ops import _cupy
-
-if TYPE_CHECKING:
-    from qdiff.ops._problem import Launch, Problem
+from qdiff.ops._problem import Launch, Problem, addresses
 
 
 class _Named(Protocol):
@@ -40,7 +38,6 @@ class Kernels(Protocol[Tile]):
     def fits(self, tile: Tile, problem: Problem) -> bool: ...
     def guess(self, problem: Problem) -> Tile: ...
     def prepare(self, problem: Problem, out: Tensor, tile: Tile) -> Launch: ...
-    def launch(self, problem: Problem, out: Tensor, tile: Tile) -> None: ...
 
 
 _chosen: dict[tuple, Any] = {}
@@ -80,23 +77,24 @@ def _find(kernels: Kernels[Tile], problem: Problem, out: Tensor) -> Tile:
     capability, text, tiles = _cupy.capability(out.device), describe(kernels, problem), fitting(kernels, problem)
     name = _measured(capability).get(text)
     if name is None and os.environ.get("QDIFF_TUNE") == "1" and not torch.cuda.is_current_stream_capturing():
-        name = _measure(problem, out, tiles, kernels.launch)
+        name = _measure(problem, out, tiles, kernels.prepare)
         _keep(capability, text, name)
     return next((tile for tile in tiles if tile.name == name), None) or kernels.guess(problem)
 
 
 def _measure(
-    problem: Problem, out: Tensor, tiles: Sequence[Tile], launch: Callable[[Problem, Tensor, Tile], None]
+    problem: Problem, out: Tensor, tiles: Sequence[Tile], prepare: Callable[[Problem, Tensor, Tile], Launch]
 ) -> str:
     """The name of the fastest: the median of replays of a graph of launches, so that the host's time does not count."""
-    times = {}
+    times, places = {}, addresses(problem, out)
     for tile in tiles:
-        launch(problem, out, tile)  # compiles it
+        launch = prepare(problem, out, tile)
+        launch(places)  # compiles it
         torch.cuda.synchronize(out.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for _ in range(8):
-                launch(problem, out, tile)
+                launch(places)
         spans = []
         for _ in range(5):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

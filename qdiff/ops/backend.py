@@ -14,12 +14,12 @@ from typing import Literal, cast, get_args
 from torch import Tensor
 
 from qdiff.ops import _cupy
+from qdiff.ops._problem import MAX_SEGMENTS
 
 Backend = Literal["auto", "cuda", "reference"]
 
 # The kernels' block of 4-bit weights that share a multiplier, and what they cut K into.
 KERNEL_BLOCK = 32
-_MOST_SEGMENTS = 4  # of a convolution's channels, in the kernels' parameters
 
 _told: set[str] = set()
 
@@ -91,9 +91,7 @@ def refuses_linear(k: int, group_size: int, weight_is_4bit: bool) -> str | None:
 def refuses_conv(segments: Sequence[int]) -> str | None:
     """Why the matrix kernels do not take a convolution of these channel segments, or None."""
     return (
-        f"{len(segments)} channel segments, expected {_MOST_SEGMENTS} or fewer"
-        if len(segments) > _MOST_SEGMENTS
-        else None
+        f"{len(segments)} channel segments, expected {MAX_SEGMENTS} or fewer" if len(segments) > MAX_SEGMENTS else None
     )
 
 

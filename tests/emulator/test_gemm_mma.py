@@ -10,6 +10,7 @@ import torch
 
 from qdiff.ops import _cupy, _gemm_mma
 from qdiff.ops._gemm_mma import Tile
+from qdiff.ops._problem import addresses
 
 SMALLEST = Tile(64, 16)
 
@@ -83,7 +84,7 @@ CASES = {
 
 @pytest.fixture
 def run(load_kernel, problems, guarded, monkeypatch):
-    """`run(case, problem, dtype)`: what `_gemm_mma.launch` computes, its kernel emulated."""
+    """`run(case, problem, dtype)`: what `_gemm_mma.prepare`'s launch computes, its kernel emulated."""
 
     def run_one(case: Case, problem: SimpleNamespace, dtype: torch.dtype) -> torch.Tensor:
         def kernel(source, macros):
@@ -98,7 +99,8 @@ def run(load_kernel, problems, guarded, monkeypatch):
         count = problem.B * problem.OH * problem.OW * problem.N
         storage = torch.full((count + 512,), 7, dtype=dtype)
         out = storage[256 : 256 + count].view(-1, problem.N)
-        _gemm_mma.launch(problems.guard(problem, guarded), out, case.tile)
+        problem = problems.guard(problem, guarded)
+        _gemm_mma.prepare(problem, out, case.tile)(addresses(problem, out))
         assert (storage[:256] == 7).all()
         assert (storage[256 + count :] == 7).all()
         return out

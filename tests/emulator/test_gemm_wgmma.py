@@ -11,6 +11,7 @@ import torch
 
 from qdiff.ops import _cupy, _gemm_wgmma
 from qdiff.ops._gemm_wgmma import Tile
+from qdiff.ops._problem import addresses
 
 # Each combination of tile, kind of weights and epilogue is a kernel of its own, three seconds of g++: the cases are
 # chosen to need few.
@@ -130,7 +131,7 @@ def encode(address, sizes, strides, box, steps, swizzle):
 
 @pytest.fixture
 def run(load_kernel, problems, guarded, monkeypatch):
-    """`run(case, problem, dtype)`: what `_gemm_wgmma.launch` computes, its kernel emulated."""
+    """`run(case, problem, dtype)`: what `_gemm_wgmma.prepare`'s launch computes, its kernel emulated."""
 
     def run_one(case: Case, problem: SimpleNamespace, dtype: torch.dtype) -> torch.Tensor:
         def kernel(source, macros):
@@ -154,7 +155,7 @@ def run(load_kernel, problems, guarded, monkeypatch):
         out = storage[256 : 256 + count].view(-1, problem.N)
         assert _gemm_wgmma.fits(case.tile, problem)
         assert _gemm_wgmma.refusal(problem) is None
-        _gemm_wgmma.launch(problem, out, case.tile)
+        _gemm_wgmma.prepare(problem, out, case.tile)(addresses(problem, out))
         assert (storage[:256] == 7).all()
         assert (storage[256 + count :] == 7).all()
         return out

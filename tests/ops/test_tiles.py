@@ -64,12 +64,12 @@ class Setup:
             TILES=[Tile("small"), Tile("large"), Tile("unfit")],
             fits=lambda tile, problem: tile.name != "unfit",
             guess=lambda problem: Tile("small"),
-            launch=lambda problem, out, tile: None,
+            prepare=lambda problem, out, tile: None,
         )
         for path in (self.shipped, self.own):
             path.parent.mkdir(parents=True)
 
-    def measure(self, problem, out, tiles, launch):
+    def measure(self, problem, out, tiles, prepare):
         self.measured.append([tile.name for tile in tiles])
         return "large"
 
