@@ -51,7 +51,7 @@ RECIPES: dict[str, Recipe] = {
     "w8a8": Recipe.preset("w8a8"),
     "w8a8, one static range a layer": W8A8.replace(name="w8a8-static", linear_range=STATIC, conv_range=STATIC),
     "w8a8, temporal ranges": W8A8.replace(name="w8a8-temporal", linear_range=TEMPORAL, conv_range=TEMPORAL),
-    "naive-w4a8": Recipe.preset("naive-w4a8"),
+    "naive": Recipe.preset("naive"),
 }
 
 

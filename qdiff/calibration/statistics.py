@@ -37,18 +37,50 @@ class Samples:
 
 
 @dataclass(frozen=True)
+class Moments:
+    """First and second moments of what a layer multiplies by its weight; K runs over (tap, channel).
+
+    Rows x of one denoiser call are weighted by b = 1 / their root mean square, so that every call counts alike: the
+    sampler adds up the relative errors of all steps.
+
+    gram:    float32 [K, K], the mean of b^2 x x^T.
+    mean:    float32 [K], the mean of b^2 x.
+    weight:  float32 [], the mean of b^2.
+    rows:    how many were seen.
+    """
+
+    gram: Float[Tensor, "K K"]
+    mean: Float[Tensor, " K"]
+    weight: Float[Tensor, ""]
+    rows: int
+
+    def gemm(self, segments: Sequence[int]) -> Moments:
+        """The same in the order of a weight's input axis: segment, then tap, then channel."""
+        if len(segments) == 1:
+            return self
+        order = torch.arange(len(self.mean), device=self.mean.device).view(-1, sum(segments))
+        index = torch.cat([part.flatten() for part in order.split(list(segments), 1)])
+        return Moments(self.gram[index][:, index], self.mean[index], self.weight, self.rows)
+
+
+@dataclass(frozen=True)
 class LayerStatistics:
     """One layer's input over T timesteps and C channels (convolution: over batch and positions).
 
     timesteps:       float32 [T], ascending.
     channel_absmax:  float32 [T, C], exact.
-    histograms, samples: None where no method needed them.
+    histograms, samples, moments: None where no method needed them. Layers that read the same tensor share the moments.
+    carried:         the rows of `samples` as they arrive when all layers before this one are quantized.
+    first_token:     float32 [C], where it was asked for and is the same in every call: all else is without it.
     """
 
     timesteps: Float[Tensor, " timesteps"]
     channel_absmax: Float[Tensor, "timesteps channels"]
     histograms: ChannelHistograms | None = None
     samples: Samples | None = None
+    moments: Moments | None = None
+    carried: Samples | None = None
+    first_token: Float[Tensor, " channels"] | None = None
 
     def absmax(
         self, segments: Sequence[int], smooth: Float[Tensor, " channels"] | None = None
@@ -93,10 +125,17 @@ class LayerStatistics:
     @property
     def memory_bytes(self) -> int:
         """Bytes of every tensor held."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
         tensors = [self.timesteps, self.channel_absmax]
         tensors += [self.histograms.counts] if self.histograms else []
-        tensors += [self.samples.values, self.samples.timesteps] if self.samples else []
-        return sum(tensor.nbytes for tensor in tensors)
+        tensors += [self.moments.gram, self.moments.mean] if self.moments else []
+        tensors += [] if self.first_token is None else [self.first_token]
+        for samples in (self.samples, self.carried):
+            tensors += [samples.values, samples.timesteps] if samples else []
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -108,5 +147,6 @@ class Statistics:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of every tensor held; bounded by layers x 64 timesteps, not by prompts or steps."""
-        return sum(layer.memory_bytes for layer in self.layers.values())
+        """Bytes of every tensor held, shared ones once; bounded by layers x 64 timesteps, not by prompts or steps."""
+        held = {id(tensor): tensor for layer in self.layers.values() for tensor in layer.tensors()}
+        return sum(tensor.nbytes for tensor in held.values())

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FULL = "full precision"
-NAIVE = "naive-w4a8"
+NAIVE = "naive"
 DEFAULT = "w4a8"
 RECIPES = (NAIVE, DEFAULT)
 MODELS = ("emoji-sd", "emoji-dit")

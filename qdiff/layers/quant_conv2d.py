@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.layers.quantized_weights import QuantizedWeights
+from qdiff.layers.quantized_weights import NO_SIZES, LayerSizes, QuantizedWeights
 from qdiff.layers.weight_buffers import WeightBuffers
-from qdiff.numerics.gemm_layout import channels_to_gemm, from_gemm
+from qdiff.numerics.gemm_layout import from_gemm
 from qdiff.ops import quantize_per_sample, w4a8_conv2d, w4a16_conv2d, w8a8_conv2d
-from qdiff.ops.w4a16_linear import float_weight
 
 if TYPE_CHECKING:
     from qdiff.recipe import LayerPlan
@@ -28,35 +27,18 @@ class QuantConv2d(WeightBuffers, nn.Conv2d):
         # and means float ones.
         return nn.Conv2d(*args, **kwargs) if args and isinstance(args[0], int) else super().__new__(cls)
 
-    def __init__(
-        self,
-        layer: nn.Conv2d,
-        plan: LayerPlan,
-        *,
-        has_smooth: bool = False,
-        scale_rows: int = 1,
-        has_codebook: bool = False,
-    ) -> None:
+    def __init__(self, layer: nn.Conv2d, plan: LayerPlan, sizes: LayerSizes) -> None:
         nn.Module.__init__(self)  # not nn.Conv2d's: it would make float parameters
-        _check(layer, plan)
+        _check(layer, plan, sizes)
         for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
             setattr(self, name, getattr(layer, name))
         for name in ("transposed", "output_padding", "padding_mode", "_reversed_padding_repeated_twice"):
             setattr(self, name, getattr(layer, name))
         taps = self.kernel_size[0] * self.kernel_size[1]
-        options = (0, has_smooth, scale_rows, has_codebook)
-        self._register(layer.out_channels, layer.in_channels * taps, plan, layer, *options)
+        self._register(layer.out_channels, taps, plan, layer, sizes)
 
     @classmethod
-    def empty(
-        cls,
-        layer: nn.Conv2d,
-        plan: LayerPlan,
-        rank: int = 0,
-        has_smooth: bool = False,
-        scale_rows: int = 1,
-        has_codebook: bool = False,
-    ) -> QuantConv2d:
+    def empty(cls, layer: nn.Conv2d, plan: LayerPlan, sizes: LayerSizes = NO_SIZES) -> QuantConv2d:
         """Every buffer at its final shape and dtype, uninitialized, to load a `state_dict` into.
 
         On the float layer's device, which may be "meta".
@@ -64,26 +46,15 @@ class QuantConv2d(WeightBuffers, nn.Conv2d):
         Args:
             layer: the float layer, for its sizes, bias, dtype and device.
             plan: what is decided about it.
-            rank: 0; convolutions have no low-rank branch.
-            has_smooth: whether there is a smoothing vector.
-            scale_rows: T, rows of the activation scale table (1 when static; not looked at when there is none).
-            has_codebook: whether 4-bit codes are looked up in a codebook.
+            sizes: of the buffers that the plan leaves open; rank 0, as convolutions have no low-rank branch.
         """
-        if rank:
-            raise ValueError(f"{plan.name}: rank={rank}, expected 0: convolutions have no low-rank branch")
-        return cls(layer, plan, has_smooth=has_smooth, scale_rows=scale_rows, has_codebook=has_codebook)
+        return cls(layer, plan, sizes)
 
     @classmethod
     @torch.no_grad()
     def from_float(cls, layer: nn.Conv2d, plan: LayerPlan, weights: QuantizedWeights) -> QuantConv2d:
         """The layer with these numbers; the float layer is not changed."""
-        if weights.low_rank is not None:
-            raise ValueError(
-                f"{plan.name}: weights.low_rank is given, expected None: convolutions have no low-rank branch"
-            )
-        scale_rows = 1 if weights.act_scales is None else weights.act_scales.shape[0]
-        has_smooth, has_codebook = weights.smooth is not None, weights.codebook is not None
-        quantized = cls.empty(layer, plan, 0, has_smooth, scale_rows, has_codebook)
+        quantized = cls.empty(layer, plan, LayerSizes.of_weights(weights, layer.bias))
         quantized._fill(weights, layer.bias)
         return quantized.train(layer.training)
 
@@ -91,14 +62,15 @@ class QuantConv2d(WeightBuffers, nn.Conv2d):
         if x.dim() == 3:  # nn.Conv2d takes one image without a batch
             return self.forward(x[None])[0]
         plan = self.plan
-        geometry = (self.kernel_size, self.stride, self.padding, plan.segments)
+        geometry = (self.kernel_size, self.stride, self.padding, self.segments)
         packed = (self.codes, self.multipliers, self.codebook, self.scale, self.storage_block)
+        inputs, smooth = self._transformed(x, 1)
         if plan.range_mode == "none":
-            return w4a16_conv2d(x, self.smooth, *packed, self.bias, *geometry)
+            return w4a16_conv2d(inputs.to(x.dtype), smooth, *packed, self.bias, *geometry)
         scale = self._input_scales(x.shape[0])
-        codes = quantize_per_sample(x, scale, self.smooth, plan.segments, 1)
+        codes = quantize_per_sample(inputs, scale, smooth, self.segments, 1, plan.activation_levels)
         added = (self.bias, None, None)
-        if plan.weight_bits == 8:
+        if plan.stored_bits == 8:
             return w8a8_conv2d(codes, scale, self.codes, self.scale, *added, *geometry, x.dtype)
         return w4a8_conv2d(codes, scale, *packed, *added, *geometry, x.dtype)
 
@@ -106,16 +78,14 @@ class QuantConv2d(WeightBuffers, nn.Conv2d):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The float weight [N, C, kh, kw] that this layer applies to the raw input, made anew on each access."""
         plan, kernel = self.plan, (self.kernel_size[0], self.kernel_size[1])
-        smooth = None if self.smooth is None else channels_to_gemm(self.smooth, plan.segments, kernel[0] * kernel[1])
-        packed = (self.codes, self.multipliers, self.codebook, self.scale, self.storage_block)
-        matrix = float_weight(smooth, *packed, None, None)
+        matrix = self._float_matrix(kernel[0] * kernel[1])
         return from_gemm(matrix, plan.segments, kernel).to(self.compute_dtype)
 
     def extra_repr(self) -> str:
         return nn.Conv2d.extra_repr(self) + self._describe()
 
 
-def _check(layer: nn.Conv2d, plan: LayerPlan) -> None:
+def _check(layer: nn.Conv2d, plan: LayerPlan, sizes: LayerSizes) -> None:
     plain = layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
     if not plain or isinstance(layer.padding, str) or layer.transposed:
         raise ValueError(
@@ -126,3 +96,12 @@ def _check(layer: nn.Conv2d, plan: LayerPlan) -> None:
         raise ValueError(f"{plan.name}: segments {plan.segments}, expected a sum of {layer.in_channels} input channels")
     if plan.range_mode == "dynamic":
         raise ValueError(f"{plan.name}: range_mode 'dynamic' is for linear layers; use 'static', 'temporal' or 'none'")
+    if sizes.rank or sizes.has_first_token:
+        raise ValueError(
+            f"{plan.name}: rank={sizes.rank}, has_first_token={sizes.has_first_token}, expected 0 and False: "
+            "convolutions have no low-rank branch, and no tokens"
+        )
+    if sizes.has_shift and set(layer.padding) != {0}:
+        raise ValueError(
+            f"{plan.name}: a shift is given, expected None with padding {layer.padding}, whose zeros it would move"
+        )

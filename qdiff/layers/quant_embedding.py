@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from qdiff.layers.quantized_weights import QuantizedWeights
+from qdiff.layers.quantized_weights import NO_SIZES, LayerSizes, QuantizedWeights
 from qdiff.layers.weight_buffers import WeightBuffers
 from qdiff.ops.w4a16_linear import float_weight
 
@@ -21,7 +21,7 @@ class QuantEmbedding(WeightBuffers, nn.Embedding):
     The output has the dtype of the float table. Its buffers are listed in `WeightBuffers`: N embeddings of width K.
     """
 
-    def __init__(self, layer: nn.Embedding, plan: LayerPlan, *, has_codebook: bool = False) -> None:
+    def __init__(self, layer: nn.Embedding, plan: LayerPlan, sizes: LayerSizes) -> None:
         nn.Module.__init__(self)  # not nn.Embedding's: it would make a float table
         if layer.max_norm is not None or plan.segments != (layer.embedding_dim,) or plan.range_mode != "none":
             raise ValueError(
@@ -38,18 +38,12 @@ class QuantEmbedding(WeightBuffers, nn.Embedding):
             "sparse",
         ):
             setattr(self, name, getattr(layer, name))
-        self._register(layer.num_embeddings, layer.embedding_dim, plan, layer, has_codebook=has_codebook)
+        if sizes != LayerSizes(has_codebook=sizes.has_codebook, has_bias=sizes.has_bias) or sizes.has_bias:
+            raise ValueError(f"{plan.name}: got {sizes}, expected nothing but a codebook for an embedding")
+        self._register(layer.num_embeddings, 1, plan, layer, sizes)
 
     @classmethod
-    def empty(
-        cls,
-        layer: nn.Embedding,
-        plan: LayerPlan,
-        rank: int = 0,
-        has_smooth: bool = False,
-        scale_rows: int = 1,
-        has_codebook: bool = False,
-    ) -> QuantEmbedding:
+    def empty(cls, layer: nn.Embedding, plan: LayerPlan, sizes: LayerSizes = NO_SIZES) -> QuantEmbedding:
         """Every buffer at its final shape and dtype, uninitialized, to load a `state_dict` into.
 
         On the float table's device, which may be "meta".
@@ -57,21 +51,15 @@ class QuantEmbedding(WeightBuffers, nn.Embedding):
         Args:
             layer: the float table, for its sizes, dtype and device.
             plan: what is decided about it.
-            rank, has_smooth: 0 and False: a table has neither.
-            scale_rows: not looked at: a table has no activations.
-            has_codebook: whether 4-bit codes are looked up in a codebook.
+            sizes: all as they are by default but for the codebook: a table has no activations.
         """
-        if rank or has_smooth:
-            raise ValueError(f"{plan.name}: rank={rank}, has_smooth={has_smooth}, expected neither for an embedding")
-        return cls(layer, plan, has_codebook=has_codebook)
+        return cls(layer, plan, sizes)
 
     @classmethod
     @torch.no_grad()
     def from_float(cls, layer: nn.Embedding, plan: LayerPlan, weights: QuantizedWeights) -> QuantEmbedding:
         """The table with these numbers; the float table is not changed."""
-        if weights.low_rank is not None:
-            raise ValueError(f"{plan.name}: weights.low_rank is given, expected None for an embedding")
-        quantized = cls(layer, plan, has_codebook=weights.codebook is not None)
+        quantized = cls.empty(layer, plan, LayerSizes.of_weights(weights, None))
         quantized._fill(weights, None)
         return quantized.train(layer.training)
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from qdiff.layers.quantized_weights import QuantizedWeights
+from qdiff.layers.quantized_weights import NO_SIZES, LayerSizes, QuantizedWeights
 from qdiff.layers.weight_buffers import WeightBuffers
+from qdiff.numerics.first_token import same_token
 from qdiff.ops import low_rank_down, quantize_per_sample, quantize_per_token, w4a8_linear, w4a16_linear, w8a8_linear
-from qdiff.ops.w4a16_linear import float_weight
 
 if TYPE_CHECKING:
     from qdiff.recipe import LayerPlan
@@ -28,35 +28,17 @@ class QuantLinear(WeightBuffers, nn.Linear):
     The output has the input's dtype. Its buffers are listed in `WeightBuffers`.
     """
 
-    def __init__(
-        self,
-        layer: nn.Linear,
-        plan: LayerPlan,
-        *,
-        rank: int = 0,
-        has_smooth: bool = False,
-        scale_rows: int = 1,
-        has_codebook: bool = False,
-    ) -> None:
+    def __init__(self, layer: nn.Linear, plan: LayerPlan, sizes: LayerSizes) -> None:
         nn.Module.__init__(self)  # not nn.Linear's: it would make float parameters
         self.in_features, self.out_features = layer.in_features, layer.out_features
         if plan.segments != (layer.in_features,):
             raise ValueError(
                 f"{plan.name}: segments {plan.segments}, expected one of {layer.in_features} for a linear layer"
             )
-        options = (rank, has_smooth, scale_rows, has_codebook)
-        self._register(layer.out_features, layer.in_features, plan, layer, *options)
+        self._register(layer.out_features, 1, plan, layer, sizes)
 
     @classmethod
-    def empty(
-        cls,
-        layer: nn.Linear,
-        plan: LayerPlan,
-        rank: int = 0,
-        has_smooth: bool = False,
-        scale_rows: int = 1,
-        has_codebook: bool = False,
-    ) -> QuantLinear:
+    def empty(cls, layer: nn.Linear, plan: LayerPlan, sizes: LayerSizes = NO_SIZES) -> QuantLinear:
         """Every buffer at its final shape and dtype, uninitialized, to load a `state_dict` into.
 
         On the float layer's device, which may be "meta".
@@ -64,51 +46,53 @@ class QuantLinear(WeightBuffers, nn.Linear):
         Args:
             layer: the float layer, for its sizes, bias, dtype and device.
             plan: what is decided about it.
-            rank: of the low-rank branch; 0 for none.
-            has_smooth: whether there is a smoothing vector.
-            scale_rows: T, rows of the activation scale table (1 when static; not looked at when dynamic or none).
-            has_codebook: whether 4-bit codes are looked up in a codebook.
+            sizes: of the buffers that the plan leaves open.
         """
-        return cls(layer, plan, rank=rank, has_smooth=has_smooth, scale_rows=scale_rows, has_codebook=has_codebook)
+        return cls(layer, plan, sizes)
 
     @classmethod
     @torch.no_grad()
     def from_float(cls, layer: nn.Linear, plan: LayerPlan, weights: QuantizedWeights) -> QuantLinear:
         """The layer with these numbers; the float layer is not changed."""
-        rank = 0 if weights.low_rank is None else weights.low_rank[0].shape[0]
-        scale_rows = 1 if weights.act_scales is None else weights.act_scales.shape[0]
-        has_smooth, has_codebook = weights.smooth is not None, weights.codebook is not None
-        quantized = cls.empty(layer, plan, rank, has_smooth, scale_rows, has_codebook)
+        quantized = cls.empty(layer, plan, LayerSizes.of_weights(weights, layer.bias))
         quantized._fill(weights, layer.bias)
         return quantized.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self._product(x)
+        if self.first_input is not None and self.first_output is not None and x.dim() == 3 and x.shape[1]:
+            known = same_token(x[:, 0], self.first_input)[:, None]
+            y[:, 0] = torch.where(known, self.first_output.to(y.dtype), y[:, 0])
+        return y
+
+    def _product(self, x: Tensor) -> Tensor:
         packed = (self.codes, self.multipliers, self.codebook, self.scale, self.storage_block)
-        few = self.plan.range_mode == "dynamic" and self.plan.weight_bits == 4 and x.numel() <= FEW_ROWS * x.shape[-1]
+        few = self.plan.range_mode == "dynamic" and self.plan.stored_bits == 4 and x.numel() <= FEW_ROWS * x.shape[-1]
         if few or self.plan.range_mode == "none":
-            return w4a16_linear(x, self.smooth, *packed, self.bias, self.down, self.up)
+            inputs, smooth = self._transformed(x, -1)
+            return w4a16_linear(inputs.to(x.dtype), smooth, *packed, self.bias, self.down, self.up)
         codes, scale, low = self._quantize(x)
-        if self.plan.weight_bits == 8:
+        if self.plan.stored_bits == 8:
             return w8a8_linear(codes, scale, self.codes, self.scale, self.bias, low, self.up, None, x.dtype)
         return w4a8_linear(codes, scale, *packed, self.bias, low, self.up, None, x.dtype)
 
     def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The codes, their scales [R], and what the branch reads if there is one."""
+        dtype, levels = x.dtype, self.plan.activation_levels
+        x, smooth = self._transformed(x, -1)
         if self.plan.range_mode == "dynamic":
-            codes, scale, low = quantize_per_token(x, self.smooth, self.down)
-            return codes, scale.flatten(), None if self.down is None else low
-        low = None if self.down is None else low_rank_down(x, self.smooth, self.down)
+            codes, scale, low = quantize_per_token(x, smooth, self.down, levels)
+            return codes, scale.flatten(), None if self.down is None else low.to(dtype)
+        branch = None if self.down is None else low_rank_down(x.to(dtype), smooth, self.down)
         batched = x if x.dim() > 1 else x[None]
         scale = self._input_scales(batched.shape[0])
-        codes = quantize_per_sample(batched, scale, self.smooth, self.plan.segments, -1)
-        return codes.view(x.shape), scale.flatten(), low
+        codes = quantize_per_sample(batched, scale, smooth, self.segments, -1, levels)
+        return codes.view(x.shape), scale.flatten(), branch
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The float weight [out_features, in_features] applied to the raw input, made anew on each access."""
-        packed = (self.codes, self.multipliers, self.codebook, self.scale, self.storage_block)
-        matrix = float_weight(self.smooth, *packed, self.down, self.up)
-        return matrix.to(self.compute_dtype)
+        return self._float_matrix(1).to(self.compute_dtype)
 
     def extra_repr(self) -> str:
         return (

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.denoising import StepTracker
-from qdiff.layers.quantized_weights import QuantizedWeights
+from qdiff.layers.quantized_weights import LayerSizes, QuantizedWeights
+from qdiff.numerics.input_pipeline import InputPipeline
 from qdiff.numerics.packing import pack_int4, pack_multipliers, storage_block
+from qdiff.ops import transform_input
+from qdiff.ops.w4a16_linear import float_weight
 
 if TYPE_CHECKING:
     from qdiff.recipe import LayerPlan
@@ -19,14 +22,17 @@ if TYPE_CHECKING:
 class WeightBuffers(nn.Module):
     """Mixin before a torch layer class: quantized weights as buffers, in place of the parameters `weight` and `bias`.
 
-    Buffers, all in the `state_dict`; K in the order of `qdiff.numerics.gemm_layout`:
+    Buffers, all in the `state_dict`; K in the order of `qdiff.numerics.gemm_layout`, of the channels that the input
+    pipeline (`qdiff.numerics.input_pipeline`) makes:
         codes: uint8 [N, K/2] (4 bits) or int8 [N, K] (8 bits);
         multipliers: uint8 [N, ceil(K / block / 2)] of blocks of `storage_block`, or None;  codebook: int8 [N, 16] or
             None; 4-bit layers have one of them;
         scale: float32 [N];
-        bias: [N] in the compute dtype, or None;  smooth: float32 [C] or None;
+        bias: [N] in the compute dtype, or None;
+        shift: float32 [C];  index: int64 [C'];  smooth: float32 [C'];  rotation: int8 [b]; each of them or None;
         down, up: [r, K] and [N, r] in the compute dtype if that is float16 or bfloat16, otherwise float16, or None;
-        act_scales: float32 [T, S] or None.
+        act_scales: float32 [T, S] or None;
+        first_input, first_output: float32 [C] and [N], a first token and what the layer makes of it, or None.
 
     Only the bias follows `.half()`, `.to(dtype)` and the like; the others are numbers of fixed precision and only move.
 
@@ -47,67 +53,112 @@ class WeightBuffers(nn.Module):
     codebook: Tensor | None
     scale: Tensor
     bias: Any  # a buffer here, a parameter in the base class
+    shift: Tensor | None
+    index: Tensor | None
     smooth: Tensor | None
+    rotation: Tensor | None
     down: Tensor | None
     up: Tensor | None
     act_scales: Tensor | None
+    first_input: Tensor | None
+    first_output: Tensor | None
 
-    def _register(
-        self,
-        rows: int,
-        k: int,
-        plan: LayerPlan,
-        like: nn.Module,
-        rank: int = 0,
-        has_smooth: bool = False,
-        scale_rows: int = 1,
-        has_codebook: bool = False,
-    ) -> None:
-        """Register every buffer that the plan and the other arguments call for, uninitialized."""
-        float_weight, float_bias = like.weight, getattr(like, "bias", None)
-        assert isinstance(float_weight, Tensor)
-        device = float_weight.device
-        self.plan, self.tracker, self.compute_dtype = plan, None, float_weight.dtype
+    def _register(self, rows: int, taps: int, plan: LayerPlan, like: nn.Module, sizes: LayerSizes) -> None:
+        """Register every buffer that the plan and the sizes call for, uninitialized."""
+        given, float_bias = like.weight, getattr(like, "bias", None)
+        assert isinstance(given, Tensor)
+        device = given.device
+        self.plan, self.tracker, self.compute_dtype = plan, None, given.dtype
         self.storage_block = storage_block(plan.group_size)
 
         def register(name: str, shape: tuple[int, ...] | None, dtype: torch.dtype) -> None:
             self.register_buffer(name, None if shape is None else torch.empty(shape, dtype=dtype, device=device))
 
-        four_bit = plan.weight_bits == 4
-        if has_codebook and not four_bit:
+        four_bit = plan.stored_bits == 4
+        if sizes.has_codebook and not four_bit:
             raise ValueError(f"{plan.name}: a codebook is given, expected None for {plan.weight_bits}-bit weights")
+        self._check_pipeline(sizes)
+        channels = sizes.split_channels or sum(plan.segments)
+        k = channels * taps
         blocks = k // self.storage_block
         register("codes", (rows, k // 2 if four_bit else k), torch.uint8 if four_bit else torch.int8)
-        register("multipliers", (rows, (blocks + 1) // 2) if four_bit and not has_codebook else None, torch.uint8)
-        register("codebook", (rows, 16) if has_codebook else None, torch.int8)
+        register("multipliers", (rows, (blocks + 1) // 2) if four_bit and not sizes.has_codebook else None, torch.uint8)
+        register("codebook", (rows, 16) if sizes.has_codebook else None, torch.int8)
         register("scale", (rows,), torch.float32)
-        register("bias", None if float_bias is None else (rows,), self.compute_dtype)
-        register("smooth", (sum(plan.segments),) if has_smooth else None, torch.float32)
+        has_bias = float_bias is not None if sizes.has_bias is None else sizes.has_bias
+        register("bias", (rows,) if has_bias else None, self.compute_dtype)
+        register("shift", (sum(plan.segments),) if sizes.has_shift else None, torch.float32)
+        register("index", (sizes.split_channels,) if sizes.split_channels else None, torch.int64)
+        register("smooth", (channels,) if sizes.has_smooth else None, torch.float32)
+        register("rotation", (sizes.rotation,) if sizes.rotation else None, torch.int8)
         # What the branch is computed in, so that no call casts it.
         branch = low_rank_dtype(self.compute_dtype)
-        register("down", (rank, k) if rank else None, branch)
-        register("up", (rows, rank) if rank else None, branch)
+        register("down", (sizes.rank, k) if sizes.rank else None, branch)
+        register("up", (rows, sizes.rank) if sizes.rank else None, branch)
         scaled = plan.range_mode in ("static", "temporal")
-        register("act_scales", (scale_rows, len(plan.segments)) if scaled else None, torch.float32)
+        register("first_input", (sum(plan.segments),) if sizes.has_first_token else None, torch.float32)
+        register("first_output", (rows,) if sizes.has_first_token else None, torch.float32)
+        register("act_scales", (sizes.scale_rows, len(plan.segments)) if scaled else None, torch.float32)
+
+    def _check_pipeline(self, sizes: LayerSizes) -> None:
+        plan, index, rotation = self.plan, sizes.split_channels, sizes.rotation
+        if index and len(plan.segments) > 1:
+            raise ValueError(f"{plan.name}: an index is given for {len(plan.segments)} segments, expected a single one")
+        segments = (index,) if index else plan.segments
+        if plan.stored_bits == 4 and any(channels % plan.group_size for channels in segments):
+            raise ValueError(f"{plan.name}: index has {index} channels, expected a multiple of {plan.group_size}")
+        if rotation and (rotation & (rotation - 1) or any(channels % rotation for channels in segments)):
+            raise ValueError(
+                f"{plan.name}: rotation has {rotation} signs, expected a power of two that divides {list(segments)}"
+            )
+
+    @property
+    def segments(self) -> tuple[int, ...]:
+        """The channel counts of what is quantized: the plan's, or the one that an index makes."""
+        return self._pipeline.segments(self.plan.segments)
+
+    @property
+    def _pipeline(self) -> InputPipeline:
+        return InputPipeline(self.shift, self.index, self.smooth, self.rotation)
+
+    def _transformed(self, x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor | None]:
+        """What the quantizer takes: an input, and the smoothing vector that is yet to be applied to it."""
+        if self.shift is None and self.index is None and self.rotation is None:
+            return x, self.smooth
+        return transform_input(x, self.shift, self.index, self.smooth, self.rotation, channel_dim), None
+
+    def _float_matrix(self, taps: int) -> Tensor:
+        """The float32 weight [N, K] of the raw input, in GEMM layout."""
+        integers = (self.codes, self.multipliers, self.codebook, self.scale, self.storage_block)
+        matrix = float_weight(None, *integers, self.down, self.up)
+        return self._pipeline.fold(matrix, self.plan.segments, taps)
 
     def _fill(self, weights: QuantizedWeights, bias: Tensor | None) -> None:
         """Copy the numbers in, packing 4-bit ones."""
         values: dict[str, Tensor | None] = {
             "codes": weights.codes_q,
             "scale": weights.scale,
+            "shift": weights.shift,
+            "index": weights.index,
             "smooth": weights.smooth,
+            "rotation": weights.rotation,
             "act_scales": weights.act_scales,
-            "bias": bias,
+            "bias": bias
+            if weights.bias_change is None
+            else weights.bias_change + (0 if bias is None else bias.float()),
             "codebook": weights.codebook,
         }
         if weights.codebook is not None:
             values["codes"] = pack_int4(weights.codes_q - 8, self.storage_block)
             values["multipliers"] = weights.multipliers
-        elif self.plan.weight_bits == 4:
+        elif self.plan.stored_bits == 4:
             values["codes"] = pack_int4(weights.codes_q, self.storage_block)
             values["multipliers"] = pack_multipliers(self._multipliers(weights))
         if weights.low_rank is not None:
             values["down"], values["up"] = weights.low_rank
+        if weights.first_token is not None:
+            values["first_input"], product = weights.first_token
+            values["first_output"] = product if bias is None else product + bias.float()
         for name, value in values.items():
             self._fill_buffer(name, value)
 
@@ -154,10 +205,14 @@ class WeightBuffers(nn.Module):
 
     def _describe(self) -> str:
         plan = self.plan
-        weight = f"weight=int{plan.weight_bits}" + (f"/{plan.group_size}" if plan.weight_bits == 4 else "")
+        weight = f"weight=int{plan.weight_bits}" + (f"/{plan.group_size}" if plan.stored_bits == 4 else "")
         activation = "float" if plan.range_mode == "none" else f"int{plan.activation_bits}/{plan.range_mode}"
-        branch = "" if self.down is None else f", rank={self.down.shape[0]}"
-        return f", {weight}, activation={activation}{branch}"
+        parts = ["" if self.first_input is None else ", first token apart"]
+        parts += ["" if self.shift is None else ", shifted"]
+        parts += ["" if self.index is None else f", channels={self.index.shape[0]}"]
+        parts += ["" if self.rotation is None else f", rotation={self.rotation.shape[0]}"]
+        parts += ["" if self.down is None else f", rank={self.down.shape[0]}"]
+        return f", {weight}, activation={activation}" + "".join(parts)
 
 
 def low_rank_dtype(compute_dtype: torch.dtype) -> torch.dtype:

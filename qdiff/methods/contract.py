@@ -17,21 +17,28 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from qdiff.methods.state import LayerState
+    from qdiff.recipe import LayerPlan
 
 
 @dataclass(frozen=True)
 class RoundedWeight:
     """w ~ scale[n] * multipliers[n, k // g] * codes[n, k]; multipliers None: all one, and one byte a code.
 
-    codes: int8 [N, K] in [-8, 7] (4 bits) or [-127, 127].  multipliers: uint8 [N, K/g] in [1, 15].  scale: f32 [N].
+    With a codebook: w ~ scale[n] * codebook[n, codes[n, k]], no multipliers, and four bits a code.
+
+    codes: int8 [N, K] in [-8, 7] (4 bits), [-127, 127], or [0, 15] with a codebook.  multipliers: uint8 [N, K/g] in
+    [1, 15].  scale: f32 [N].  codebook: int8 [N, 16].
     """
 
     codes: Int8[Tensor, "N K"]
     multipliers: UInt8[Tensor, "N G"] | None
     scale: Float[Tensor, " N"]
+    codebook: Int8[Tensor, "N 16"] | None = None
 
     def dequantize(self) -> Float[Tensor, "N K"]:
         """The float32 weight that the codes stand for."""
+        if self.codebook is not None:
+            return self.codebook.gather(1, self.codes.long()) * self.scale[:, None]
         values = self.codes.float()
         if self.multipliers is not None:
             groups = self.multipliers.shape[1]
@@ -48,20 +55,33 @@ class Method(ABC):  # noqa: B024  # every role adds its own abstract method
         """What calibration must collect for it, given its options: of `qdiff.calibration.NEEDS`."""
         return frozenset()
 
+    def check(self, plan: LayerPlan) -> None:  # noqa: B027  # most methods suit every plan
+        """Raise `ValueError` for a plan that the method cannot serve; asked before anything is calibrated."""
+
+
+# What a transform can change, in the order in which the layer meets it.
+STEPS = ("first_token", "shift", "index", "smooth", "rotation", "low_rank", "weight", "bias")
+
 
 @dataclass(frozen=True)
 class Transform(Method):
     """Rewrites the float weight, with an exact inverse on the other side.
 
     Law: before rounding, the layer's output is what it was.
+    step: what of a layer it changes, of `STEPS`; what can follow what is in `qdiff.methods.registry`.
     """
+
+    step: ClassVar[str] = ""
 
     @abstractmethod
     def apply(self, state: LayerState) -> None:
-        """Change `state.weight` together with `state.smooth` or `state.low_rank`.
+        """Change `state.weight` together with the state's input pipeline, `low_rank` or `bias_change`.
 
         A transform that chooses for itself must not make the output error on the samples worse.
         """
+
+    def finish(self, state: LayerState, rounded: RoundedWeight) -> None:
+        """What is left to do once the final codes are known, such as to correct the bias."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +109,27 @@ class ActivationRange(Method):
 
     mode: ClassVar[str]
 
+    @property
+    def least_timesteps(self) -> int:
+        """Calibrated timesteps below which it is not what its options say."""
+        return 1
+
     @abstractmethod
     def scales(self, state: LayerState) -> Float[Tensor, "rows segments"] | None:
         """float32 [T, S] (temporal), [1, S] (static) or None (dynamic); positive, finite: x ~ scale * code."""
+
+    def preview(self, state: LayerState) -> Float[Tensor, "rows segments"] | None:
+        """What transforms and roundings try candidates with, often: a costly range overrides this with a stand-in."""
+        return self.scales(state)
+
+
+@dataclass(frozen=True)
+class Probabilities(Method):
+    """Rounds what attention's softmax gives, at every call: a property of the denoiser and not of a layer."""
+
+    @abstractmethod
+    def quantize(self, probabilities: Tensor) -> Tensor:
+        """Float [..., queries, keys] in [0, 1] to what the codes stand for, in the same dtype."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -35,6 +36,7 @@ class LowRank(Transform):
                  error's norm.
     """
 
+    step: ClassVar[str] = "low_rank"
     rank: int | None = None
     budget: float = 0.10
     iterations: int = 4
@@ -68,8 +70,8 @@ class LowRank(Transform):
         out_features, in_features = state.weight.shape
         if self.rank is not None:
             return min(self.rank, out_features, in_features)
-        blocks = in_features // storage_block(state.plan.group_size) if state.plan.weight_bits == 4 else 0
-        layer_bytes = out_features * (in_features * state.plan.weight_bits / 8 + (blocks + 1) // 2 + 4)
+        blocks = in_features // storage_block(state.plan.group_size) if state.plan.stored_bits == 4 else 0
+        layer_bytes = out_features * (in_features * state.plan.stored_bits / 8 + (blocks + 1) // 2 + 4)
         return int(self.budget * layer_bytes / (2 * (out_features + in_features)))
 
     def _candidates(self, state: LayerState, rank: int) -> list[tuple[float, LayerState]]:

@@ -29,12 +29,20 @@ def quantize_layer(
     for transform in transforms:
         transform.apply(state)
     rounded = state.rounding.round(state)
+    for transform in transforms:
+        transform.finish(state, rounded)
     return QuantizedWeights(
         codes_q=rounded.codes,
         multipliers=rounded.multipliers,
+        codebook=rounded.codebook,
         scale=rounded.scale,
+        shift=state.shift,
+        index=state.index,
         smooth=state.smooth,
+        rotation=state.rotation,
+        bias_change=state.bias_change,
         low_rank=state.low_rank,
+        first_token=state.first_token,
         act_scales=None if state.range is None else state.range.scales(state),
     )
 
@@ -56,6 +64,7 @@ def prepare(plan: LayerPlan, layer: nn.Module, statistics: LayerStatistics | Non
         plan=plan,
         weight=to_gemm(weight.detach().float(), plan.segments),
         taps=weight[0, 0].numel(),
+        padded=any(getattr(layer, "padding", ())),
         rounding=rounding,
         range=range_,
         statistics=statistics,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from qdiff.methods.contract import ActivationRange, Method, Rounding, Transform
@@ -51,16 +51,52 @@ def resolve(spec: MethodSpec, role: type[R] = Method) -> R:  # type: ignore[type
         ) from error
 
 
+# For a step of the input pipeline that is taken: the steps that cannot be taken any more, and why.
+_TOO_LATE: dict[str, tuple[tuple[str, ...], str]] = {
+    "index": (("shift",), "a shift is of the raw input"),
+    "smooth": (("shift",), "scales are measured about zero, which a shift moves"),
+    "rotation": (("shift", "index", "smooth"), "a rotation mixes the channels that it would treat one by one"),
+    "low_rank": (("shift", "index", "smooth", "rotation"), "the branch reads the input as it is by then"),
+    "weight": (
+        ("first_token", "shift", "index", "smooth", "rotation", "low_rank"),
+        "only the weight that is rounded can be clipped",
+    ),
+}
+
+
+def check_order(plan: LayerPlan, transforms: Sequence[Transform]) -> None:
+    """Raise `ValueError` for two transforms of a plan that do not go together, in this order or at all."""
+    named = [(spec.name, transform.step) for spec, transform in zip(plan.transforms, transforms)]
+    for place, (later, step) in enumerate(named):
+        for earlier, taken in named[:place]:
+            steps, reason = _TOO_LATE.get(taken, ((), ""))
+            if step and step == taken:
+                raise ValueError(
+                    f"{plan.name}: transforms {earlier!r} and {later!r} do not go together: both change the layer's "
+                    f"{step}; use one of them"
+                )
+            if step in steps:
+                raise ValueError(
+                    f"{plan.name}: transform {later!r} cannot come after {earlier!r}: {reason}; put {later!r} before it"
+                )
+
+
 def range_mode(spec: MethodSpec) -> str:
     """The mode of the activation range that a spec names: what `LayerPlan.range_mode` is to be."""
     return resolve(spec, ActivationRange).mode  # type: ignore[type-abstract]
 
 
 def methods_of(plan: LayerPlan) -> tuple[list[Transform], Rounding, ActivationRange | None]:
-    """The methods of a plan, each in its role; the range is None where activations stay at 16 bits."""
+    """The methods of a plan, each in its role; the range is None where activations stay at 16 bits.
+
+    Raises `ValueError` for a method that does not suit the plan.
+    """
     transforms = [resolve(spec, Transform) for spec in plan.transforms]  # type: ignore[type-abstract]
+    check_order(plan, transforms)
     rounding = resolve(plan.rounding, Rounding)  # type: ignore[type-abstract]
     range_ = None if plan.range_mode == "none" else resolve(plan.range, ActivationRange)  # type: ignore[type-abstract]
+    for method in (*transforms, rounding, *([range_] if range_ else [])):
+        method.check(plan)
     return transforms, rounding, range_
 
 
@@ -68,4 +104,8 @@ def needs_of(plan: LayerPlan) -> frozenset[str]:
     """What calibration must collect for the layer of a plan."""
     transforms, rounding, range_ = methods_of(plan)
     methods: list[Method] = [*transforms, rounding, *([range_] if range_ else [])]
-    return frozenset().union(*(method.needs for method in methods))
+    needs: frozenset[str] = frozenset().union(*(method.needs for method in methods))
+    # What was measured of each channel says nothing of a range once channels are shifted, split or mixed: samples do.
+    measured = range_ is not None and range_.mode != "dynamic"
+    remade = any(transform.step in ("shift", "index", "rotation") for transform in transforms)
+    return needs | {"samples"} if measured and remade else needs

@@ -2,7 +2,7 @@
 
     w[n, k] ~ scale[n] * m[n, k // g] * q[n, k]
 
-q is a signed 4-bit code in [-8, 7], m a 4-bit integer in [1, 15] per group of g weights, scale a float32 per output
+q is a signed 4-bit code in [-8, 7] (or narrower, for 2 and 3 bits), m a 4-bit integer in [1, 15] per group of g weights, scale a float32 per output
 channel. m * q fits int8 (|m * q| <= 120), so a product with int8 activations stays in integers until one scale an
 output channel. One scale a channel is the case m = 1; 8-bit weights always have that form.
 """
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 M_MAX = 15
-# Codes by bits. 8-bit ones are symmetric, as activations are; with 4 bits the sixteenth level is worth having.
-CODES = {4: (-8, 7), 8: (-127, 127)}
+GROUP_BITS, ROW_BITS = (2, 3, 4), (2, 3, 4, 5, 6, 7, 8)
 
 # Steps that a range search tries, as shares of the smallest step that clips nothing. Of a group of 64, Gaussian or
 # Laplace, the best share is 0.7 to 1: a finer or wider grid gains less than 0.2 % of the squared error. Longer rows
@@ -37,6 +36,17 @@ _QUICK_LARGEST_M = (15.0,)
 _CHUNK = 1 << 16
 
 
+def codes_of(bits: int) -> tuple[int, int]:
+    """The least and the largest code. 8-bit ones are symmetric, as activations are; below, one level more is worth having.
+
+    Raises:
+        ValueError: bits is outside 2 to 8.
+    """
+    if bits not in ROW_BITS:
+        raise ValueError(f"bits: got {bits}, expected one of {list(ROW_BITS)}")
+    return (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
 class TwoLevelWeight(NamedTuple):
     """A quantized matrix: codes_q int8 [N, K], multipliers uint8 [N, G] in [1, 15], scale float32 [N]; G divides K."""
 
@@ -46,7 +56,12 @@ class TwoLevelWeight(NamedTuple):
 
 
 def fit_two_level(
-    w: Tensor, group_size: int, importance: Tensor | None = None, search: bool = True, quick: bool = False
+    w: Tensor,
+    group_size: int,
+    importance: Tensor | None = None,
+    search: bool = True,
+    quick: bool = False,
+    bits: int = 4,
 ) -> tuple[Tensor, Tensor]:
     """Scales of the two-level format for a float matrix.
 
@@ -61,24 +76,25 @@ def fit_two_level(
         importance: non-negative float [K], such as the mean square of each input; None for ones.
         search: False for min-max ranges, which clip nothing.
         quick: a coarser search, to compare candidates with.
+        bits: of the codes, 2 to 4.
 
     Returns:
         scale float32 [N], positive, and multipliers uint8 [N, K / group_size] in [1, 15].
     """
-    _check(w, group_size, importance)
+    _check(w, group_size, importance, bits, GROUP_BITS)
     scale = torch.empty(w.shape[0], dtype=torch.float32, device=w.device)
     multipliers = torch.empty(w.shape[0], w.shape[1] // group_size, dtype=torch.uint8, device=w.device)
     peaks = _peaks(w)
     for rows in _row_chunks(w):
-        groups = _Groups.of(w[rows] / peaks[rows, None], group_size, importance if search else None)
+        groups = _Groups.of(w[rows] / peaks[rows, None], group_size, importance if search else None, bits)
         scale[rows], multipliers[rows] = _searched(groups, quick) if search else _min_max(groups)
     return _unscaled(scale, peaks), multipliers
 
 
-def round_two_level(w: Tensor, scale: Tensor, multipliers: Tensor, group_size: int) -> Tensor:
-    """Nearest codes, half to even: w float [N, K], scale [N], multipliers [N, G] to q int8 [N, K] in [-8, 7]."""
-    _check(w, group_size, None)
-    low, high = CODES[4]
+def round_two_level(w: Tensor, scale: Tensor, multipliers: Tensor, group_size: int, bits: int = 4) -> Tensor:
+    """Nearest codes, half to even: w float [N, K], scale [N], multipliers [N, G] to q int8 [N, K], as `codes_of(bits)`."""
+    _check(w, group_size, None, bits, GROUP_BITS)
+    low, high = codes_of(bits)
     q = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     for rows in _row_chunks(w):
         step = (scale[rows, None] * multipliers[rows]).repeat_interleave(group_size, dim=1)
@@ -98,7 +114,7 @@ def fit_channel(w: Tensor, bits: int, search: bool = True, importance: Tensor | 
 
     Args:
         w: float [N, K].
-        bits: 4 or 8.
+        bits: 2 to 8.
         search: False for the min-max range.
         importance: non-negative float [K], None for ones.
 
@@ -141,7 +157,7 @@ def _unscaled(scale: Tensor, peaks: Tensor) -> Tensor:
 
 
 def _rounded(w: Tensor, scale: Tensor, bits: int) -> TwoLevelWeight:
-    low, high = CODES[bits]
+    low, high = codes_of(bits)
     q = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     for rows in _row_chunks(w):
         q[rows] = (w[rows].float() / scale[rows, None]).round_().clamp_(low, high)
@@ -165,7 +181,7 @@ class _Groups(NamedTuple):
     bits: int
 
     @classmethod
-    def of(cls, w: Tensor, group_size: int, importance: Tensor | None, bits: int = 4) -> _Groups:
+    def of(cls, w: Tensor, group_size: int, importance: Tensor | None, bits: int) -> _Groups:
         values = w.float().reshape(-1, group_size).t().contiguous()
         if importance is not None:
             importance = importance.float().view(-1, group_size).t().repeat(1, w.shape[0])
@@ -173,7 +189,7 @@ class _Groups(NamedTuple):
 
     def widest_step(self) -> Tensor:
         """The smallest step [rows, G] that clips nothing symmetric; 0 for groups of zeros."""
-        return (self.values.abs().amax(dim=0) / CODES[self.bits][1]).view(self.rows, -1)
+        return (self.values.abs().amax(dim=0) / codes_of(self.bits)[1]).view(self.rows, -1)
 
     def best_step(self, shares: tuple[float, ...]) -> Tensor:
         """The share of the widest step with the least error, [rows, G]; 0 for groups of zeros."""
@@ -188,7 +204,7 @@ class _Groups(NamedTuple):
     def error(self, step: Tensor) -> Tensor:
         """Weighted squared rounding error of every group, float32 [P], for positive steps [P]; 0 stands for any."""
         step = torch.where(step > 0, step, 1.0)
-        residual = (self.values / step).round_().clamp_(*CODES[self.bits]).mul_(step).sub_(self.values)
+        residual = (self.values / step).round_().clamp_(*codes_of(self.bits)).mul_(step).sub_(self.values)
         squares = residual.square_() if self.importance is None else residual.square_().mul_(self.importance)
         return squares.sum(dim=0)
 
@@ -229,12 +245,14 @@ def _row_chunks(w: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, w.shape[0], step))
 
 
-def _check(w: Tensor, group_size: int, importance: Tensor | None, bits: int = 4) -> None:
+def _check(
+    w: Tensor, group_size: int, importance: Tensor | None, bits: int, known: tuple[int, ...] = ROW_BITS
+) -> None:
     if w.dim() != 2 or not w.is_floating_point() or group_size < 1 or w.shape[1] % group_size:
         raise ValueError(
             f"group_size: got {group_size} for w {w.dtype} {tuple(w.shape)}, expected a float [N, K] and a divisor of K"
         )
-    if bits not in CODES:
-        raise ValueError(f"bits: got {bits}, expected one of {sorted(CODES)}")
+    if bits not in known:
+        raise ValueError(f"bits: got {bits}, expected one of {list(known)}")
     if importance is not None and importance.shape != w.shape[1:]:
         raise ValueError(f"importance: got {tuple(importance.shape)}, expected [{w.shape[1]}], one value an input")

@@ -7,6 +7,7 @@ from qdiff.ops.backend import set_backend, use_backend
 from qdiff.ops.low_rank_down import low_rank_down
 from qdiff.ops.quantize_per_sample import quantize_per_sample
 from qdiff.ops.quantize_per_token import quantize_per_token
+from qdiff.ops.transform_input import transform_input
 from qdiff.ops.w4a8_conv2d import w4a8_conv2d
 from qdiff.ops.w4a8_linear import w4a8_linear
 from qdiff.ops.w4a16_conv2d import w4a16_conv2d
@@ -19,6 +20,7 @@ __all__ = [
     "quantize_per_sample",
     "quantize_per_token",
     "set_backend",
+    "transform_input",
     "use_backend",
     "w4a8_conv2d",
     "w4a8_linear",

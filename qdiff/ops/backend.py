@@ -13,6 +13,7 @@ from typing import Literal, cast, get_args
 
 from torch import Tensor
 
+from qdiff.numerics.ranges import LEVELS
 from qdiff.ops import _cupy
 from qdiff.ops._problem import MAX_SEGMENTS
 
@@ -86,6 +87,11 @@ def refuses_linear(k: int, group_size: int, weight_is_4bit: bool) -> str | None:
     if weight_is_4bit and group_size != KERNEL_BLOCK:
         return f"group_size {group_size}, expected {KERNEL_BLOCK}"
     return None
+
+
+def refuses_levels(levels: int) -> str | None:
+    """Why the quantizing kernels do not take activations with this largest code, or None."""
+    return None if levels == LEVELS else f"activations with codes to {levels}, expected {LEVELS} (8 bits)"
 
 
 def refuses_conv(segments: Sequence[int]) -> str | None:

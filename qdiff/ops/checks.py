@@ -164,3 +164,9 @@ def check_segments(segments: Sequence[int], channels: int) -> None:
     """Raise a ValueError unless `segments` are positive channel counts that add up to `channels`."""
     if not segments or min(segments) < 1 or sum(segments) != channels:
         raise ValueError(f"segments: got {list(segments)}, expected positive channel counts that sum to {channels}")
+
+
+def check_levels(levels: int) -> None:
+    """Raise a ValueError unless `levels` is a largest activation code that int8 holds."""
+    if not 1 <= levels <= 127:
+        raise ValueError(f"levels: got {levels}, expected 1 to 127: 2^(b - 1) - 1 for b bits")

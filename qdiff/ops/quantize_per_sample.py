@@ -7,25 +7,37 @@ from torch import Tensor
 
 from qdiff.numerics.ranges import LEVELS
 from qdiff.ops import _quantize_cuda
-from qdiff.ops.backend import runs_kernel
-from qdiff.ops.checks import FLOAT32, FLOATS, check_divides, check_segments, check_tensor
+from qdiff.ops.backend import refuses_levels, runs_kernel
+from qdiff.ops.checks import FLOAT32, FLOATS, check_divides, check_levels, check_segments, check_tensor
 from qdiff.ops.registry import operator
 from qdiff.ops.row_blocks import row_blocks
 
 _SMALLEST_SCALE = 1e-30
 
 
-def _fake(x: Tensor, scale: Tensor, smooth: Tensor | None, segments: Sequence[int], channel_dim: int) -> Tensor:
+def _fake(
+    x: Tensor,
+    scale: Tensor,
+    smooth: Tensor | None,
+    segments: Sequence[int],
+    channel_dim: int,
+    levels: int = LEVELS,
+) -> Tensor:
     return _empty_codes(x, channel_dim)
 
 
 @operator(_fake)
 def quantize_per_sample(
-    x: Tensor, scale: Tensor, smooth: Tensor | None, segments: Sequence[int], channel_dim: int
+    x: Tensor,
+    scale: Tensor,
+    smooth: Tensor | None,
+    segments: Sequence[int],
+    channel_dim: int,
+    levels: int = LEVELS,
 ) -> Tensor:
     """Quantize x * smooth to int8 with scales that were measured beforehand.
 
-    code = clamp(round(x * r), -127, 127), half to even, with r[b, c] = smooth[c] / scale[b, segment of c] in float32:
+    code = clamp(round(x * r), -levels, levels), half to even, with r[b, c] = smooth[c] / scale[b, segment of c] in float32:
     values beyond the range saturate. It should be the case that |x * smooth - code * scale| <= scale / 2 (1 + 2^-14)
     inside the range.
 
@@ -35,19 +47,21 @@ def quantize_per_sample(
         smooth: float32 [C], the reciprocal smoothing vector, or None for ones.
         segments: S channel counts that sum to C.
         channel_dim: the dimension of x that has the C channels: not 0.
+        levels: the largest code, 1 to 127: 2^(b - 1) - 1 for b bits. The kernels know 127 only.
 
     Returns:
         codes int8 of x's shape; contiguous, in channels-last order when x is [B, C, H, W] with channel_dim 1.
     """
     _check(x, scale, smooth, segments, channel_dim)
-    if runs_kernel("quantize_per_sample", x, None):
+    check_levels(levels)
+    if runs_kernel("quantize_per_sample", x, refuses_levels(levels)):
         return _quantize_cuda.quantize_per_sample(x, scale, smooth, segments, channel_dim)
     codes = _empty_codes(x, channel_dim)
     shape = [x.shape[0]] + [1] * (x.dim() - 1)
     shape[channel_dim] = x.shape[channel_dim]
     factors = _factors(x.shape[0], scale, smooth, segments).view(shape)
     for block in row_blocks(x.shape[0], 4 * x.shape[1:].numel(), x.device, at_least=1):
-        v = (x[block] * factors[block]).round_().clamp_(-LEVELS, LEVELS)
+        v = (x[block] * factors[block]).round_().clamp_(-levels, levels)
         # Cast in x's own order first: where the codes are channels-last and x is not, it is bytes that are transposed.
         codes[block] = v.to(torch.int8)
     return codes

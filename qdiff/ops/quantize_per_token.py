@@ -5,8 +5,8 @@ from torch import Tensor
 
 from qdiff.numerics.ranges import LEVELS
 from qdiff.ops import _quantize_cuda
-from qdiff.ops.backend import runs_kernel
-from qdiff.ops.checks import FLOAT32, FLOATS, check_tensor
+from qdiff.ops.backend import refuses_levels, runs_kernel
+from qdiff.ops.checks import FLOAT32, FLOATS, check_levels, check_tensor
 from qdiff.ops.low_rank_down import check_down, project, rounded_down
 from qdiff.ops.registry import operator
 from qdiff.ops.row_blocks import row_blocks
@@ -15,7 +15,9 @@ from qdiff.ops.row_blocks import row_blocks
 _SMALLEST_ABSMAX = 1e-30
 
 
-def _fake(x: Tensor, smooth: Tensor | None, down: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(
+    x: Tensor, smooth: Tensor | None, down: Tensor | None, levels: int = LEVELS
+) -> tuple[Tensor, Tensor, Tensor]:
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     rank = 0 if down is None else down.shape[0]
@@ -23,25 +25,29 @@ def _fake(x: Tensor, smooth: Tensor | None, down: Tensor | None) -> tuple[Tensor
 
 
 @operator(_fake)
-def quantize_per_token(x: Tensor, smooth: Tensor | None, down: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_per_token(
+    x: Tensor, smooth: Tensor | None, down: Tensor | None, levels: int = LEVELS
+) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize every row of x * smooth to int8 with its own scale; with `down`, also do what `low_rank_down` does.
 
-    With v = x * smooth in float32 and a = max |v| over a row: scale = a / 127, code = round(v * (127 / a)), half to
-    even. It should be the case that |v - code * scale| <= scale / 2 (1 + 2^-14), that a row's largest magnitude has
-    code +-127, and that zeros have code 0. A row of zeros has scale 1. A row with NaN or infinity has a NaN or infinite
+    With v = x * smooth in float32 and a = max |v| over a row: scale = a / levels, code = round(v * (levels / a)), half
+    to even. It should be the case that |v - code * scale| <= scale / 2 (1 + 2^-14), that a row's largest magnitude has
+    code +-levels, and that zeros have code 0. A row of zeros has scale 1. A row with NaN or infinity has a NaN or infinite
     scale, so it stays visible in the product.
 
     Args:
         x: float32, float16 or bfloat16 [..., K], any strides.
         smooth: float32 [K], the *reciprocal* of SmoothQuant's vector s (arXiv 2211.10438, equation 3), or None.
         down: float [r, K], or None.
+        levels: the largest code, 1 to 127: 2^(b - 1) - 1 for b bits. The kernels know 127 only.
 
     Returns:
-        codes int8 [..., K] in [-127, 127], contiguous; scale float32 [...]; low [..., r] in x's dtype, with r = 0
+        codes int8 [..., K] in [-levels, levels], contiguous; scale float32 [...]; low [..., r] in x's dtype, with r = 0
         without `down`.
     """
     _check(x, smooth, down)
-    if runs_kernel("quantize_per_token", x, None):
+    check_levels(levels)
+    if runs_kernel("quantize_per_token", x, refuses_levels(levels)):
         return _quantize_cuda.quantize_per_token(x, smooth, down)
     rows = x.reshape(-1, x.shape[-1])
     codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
@@ -53,16 +59,16 @@ def quantize_per_token(x: Tensor, smooth: Tensor | None, down: Tensor | None) ->
         v = rows[block].float() if smooth is None else rows[block] * smooth
         if matrix is not None:
             low[block] = project(v, x.dtype, matrix)
-        codes[block], scale[block] = _quantize(v, overwrite=smooth is not None or x.dtype != torch.float32)
+        codes[block], scale[block] = _quantize(v, levels, smooth is not None or x.dtype != torch.float32)
     return codes.view(x.shape), scale.view(x.shape[:-1]), low.view(*x.shape[:-1], low.shape[1])
 
 
-def _quantize(v: Tensor, overwrite: bool) -> tuple[Tensor, Tensor]:
+def _quantize(v: Tensor, levels: int, overwrite: bool) -> tuple[Tensor, Tensor]:
     absmax = v.abs().amax(dim=1, keepdim=True)
     step = absmax.clamp_min(_SMALLEST_ABSMAX)
     # A second temporary of v's size costs more than the arithmetic.
-    codes = (v.mul_(LEVELS / step) if overwrite else v * (LEVELS / step)).round_()
-    scale = torch.where(absmax == 0, 1.0, step / LEVELS)
+    codes = (v.mul_(levels / step) if overwrite else v * (levels / step)).round_()
+    scale = torch.where(absmax == 0, 1.0, step / levels)
     return codes, scale[:, 0]
 
 

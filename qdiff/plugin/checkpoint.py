@@ -13,6 +13,7 @@ and transformers.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import inspect
 import json
@@ -30,6 +31,8 @@ from torch import Tensor, nn
 
 from qdiff import __version__
 from qdiff.denoising import StepTracker
+from qdiff.layers import LayerSizes
+from qdiff.plugin.attention import check_probabilities, quantize_probabilities
 from qdiff.plugin.directory import fingerprints, interrupted, verify, written_aside
 from qdiff.plugin.pipeline import LAYER_CLASSES, QuantLayer
 from qdiff.plugin.structure import DENOISER_NAMES, QuantizationRecord, find_denoiser, install, quantization_of
@@ -151,13 +154,10 @@ def _manifest(pipe: DiffusionPipeline, name: str, denoiser: nn.Module, record: Q
 
 def _layer_entry(layer: nn.Module, plan: LayerPlan) -> dict[str, Any]:
     """The plan, and the sizes that it does not determine."""
-    down, scales = getattr(layer, "down", None), getattr(layer, "act_scales", None)
     return {
         "plan": plan.to_dict(),
         "dtype": str(layer.compute_dtype).removeprefix("torch."),
-        "rank": 0 if down is None else down.shape[0],
-        "has_smooth": getattr(layer, "smooth", None) is not None,
-        "scale_rows": 1 if scales is None else scales.shape[0],
+        **dataclasses.asdict(LayerSizes.of_layer(layer)),
     }
 
 
@@ -256,13 +256,17 @@ def _load_denoiser(folder: Path, manifest: dict[str, Any], class_name: str) -> n
     }
     recipe, tracker = Recipe.from_dict(manifest["recipe"]), StepTracker(tuple(manifest["timesteps"]))
     install(denoiser, layers, QuantizationRecord(recipe, plans, dict(manifest["kept"]), tracker))
+    check_probabilities(denoiser, recipe.probabilities)
+    quantize_probabilities(denoiser, recipe.probabilities)
     _assign(denoiser, load_file(part / TENSORS))
     return denoiser.eval()
 
 
 def _empty_layer(meta: nn.Module, plan: LayerPlan, entry: dict[str, Any]) -> QuantLayer:
-    sizes = {key: entry[key] for key in ("rank", "has_smooth", "scale_rows")}
-    layer = LAYER_CLASSES[plan.kind].empty(meta, plan, **sizes)  # type: ignore[arg-type]  # kind says which
+    sizes = LayerSizes(
+        **{field.name: entry[field.name] for field in dataclasses.fields(LayerSizes) if field.name in entry}
+    )
+    layer = LAYER_CLASSES[plan.kind].empty(meta, plan, sizes)  # type: ignore[arg-type]  # kind says which
     layer.compute_dtype = _DTYPES[entry["dtype"]]
     return layer
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from tqdm.auto import tqdm
 
-from qdiff.calibration import Calibration, Statistics, collect, run_pipeline
+from qdiff.calibration import Calibration, LayerStatistics, Statistics, collect, run_pipeline
 from qdiff.denoising import StepTracker
 from qdiff.layers import QuantConv2d, QuantEmbedding, QuantLinear
 from qdiff.methods import needs_of, quantize_layer
+from qdiff.methods.sufficiency import shortages
+from qdiff.plugin.attention import check_probabilities, quantize_probabilities
+from qdiff.plugin.sequential import CallRecorder, quantize_in_order
 from qdiff.plugin.structure import (
     Kept,
     QuantizationRecord,
@@ -26,7 +30,11 @@ from qdiff.plugin.structure import (
     install,
     resolve,
 )
+from qdiff.plugin.time_layers import over_all_timesteps, time_layers
 from qdiff.recipe import LayerPlan, Recipe
+
+# A recipe that samples the steps of a calibration takes one in so many.
+SAMPLED_OF = 4
 
 QuantLayer = QuantLinear | QuantConv2d | QuantEmbedding
 LAYER_CLASSES: dict[str, type[QuantLayer]] = {"linear": QuantLinear, "conv2d": QuantConv2d, "embedding": QuantEmbedding}
@@ -65,32 +73,54 @@ def quantize_pipeline(
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
     if not isinstance(recipe, Recipe):
         raise ValueError(f"recipe must be a preset's name or a Recipe: got {type(recipe).__name__}")
-    calibration = _calibration(calibration, seed)
+    calibration = _calibration(calibration, seed, recipe)
     pipe = _pipeline(pipe_or_class, path, from_pretrained)
     _, denoiser = find_denoiser(pipe)
     check_quantizable(denoiser)
+    check_probabilities(denoiser, recipe.probabilities)
     resolved = resolve(recipe, denoiser)
     plans = {name: plan for name, plan in resolved.items() if isinstance(plan, LayerPlan)}
 
     # Ordinary tensors even where the caller is in inference mode: they outlive it.
     with torch.inference_mode(False), torch.no_grad():
-        statistics = _calibrate(pipe, denoiser, plans, calibration, progress)
+        sequential = any("carried" in needs_of(plan) for plan in plans.values())
+        timed = time_layers(recipe, plans)
+        with CallRecorder(denoiser) if sequential or timed else nullcontext() as recorder:
+            statistics = _calibrate(pipe, denoiser, plans, calibration, progress)
+        if recorder and timed:
+            statistics = _with_all_timesteps(
+                pipe, denoiser, {name: plans[name] for name in timed}, statistics, recorder
+            )
+        for shortage in shortages(plans, statistics):
+            warnings.warn(shortage, stacklevel=2)
         for name in [
             name for name, plan in plans.items() if plan.kind != "embedding" and name not in statistics.layers
         ]:
             resolved[name] = Kept("it did not run during calibration")
             del plans[name]
-        replacements = {
-            name: _quantized(plan, denoiser.get_submodule(name), statistics)
-            for name, plan in tqdm(plans.items(), desc="Quantizing", unit="layer", disable=not progress)
-        }
+        if recorder and sequential:
+            with undisturbed(pipe):
+                replacements = quantize_in_order(
+                    denoiser, plans, statistics, recorder.calls, _quantized, calibration.seed, progress
+                )
+        else:
+            replacements = {
+                name: _quantized(plan, denoiser.get_submodule(name), statistics.layers.get(name))
+                for name, plan in tqdm(plans.items(), desc="Quantizing", unit="layer", disable=not progress)
+            }
     kept = {name: plan.reason for name, plan in resolved.items() if isinstance(plan, Kept)}
     install(denoiser, replacements, QuantizationRecord(recipe, plans, kept, StepTracker(statistics.timesteps)))
+    quantize_probabilities(denoiser, recipe.probabilities)
     return pipe
 
 
-def _calibration(calibration: Calibration | Sequence[str | int] | None, seed: int | None) -> Calibration:
+def _calibration(
+    calibration: Calibration | Sequence[str | int] | None, seed: int | None, recipe: Recipe
+) -> Calibration:
     calibration = Calibration.of(calibration)
+    if recipe.sampling != "all" and calibration.sampling == "all":
+        sampled = max(1, calibration.steps // SAMPLED_OF)
+        calibration = dataclasses.replace(calibration, sampling=recipe.sampling, sampled_steps=sampled)
     return calibration if seed is None else dataclasses.replace(calibration, seed=seed)
 
 
@@ -117,12 +147,27 @@ def _calibrate(
     layers = {name: denoiser.get_submodule(name) for name, plan in plans.items() if plan.kind != "embedding"}
     needs = {name: needs_of(plans[name]) for name in layers}
     with undisturbed(pipe):
-        return collect(
-            lambda: run_pipeline(pipe, calibration), denoiser, layers, needs, progress, seed=calibration.seed
-        )
+        run, steps = lambda: run_pipeline(pipe, calibration), calibration.observed_steps
+        return collect(run, denoiser, layers, needs, progress, calibration.seed, steps)
 
 
-def _quantized(plan: LayerPlan, layer: nn.Module, statistics: Statistics) -> QuantLayer:
+def _with_all_timesteps(
+    pipe: DiffusionPipeline,
+    denoiser: nn.Module,
+    plans: dict[str, LayerPlan],
+    statistics: Statistics,
+    recorder: CallRecorder,
+) -> Statistics:
+    """The same, with these layers' statistics taken over the whole schedule that the denoiser was trained on."""
+    # Schedulers of flow matching may hand the denoiser times in [0, 1].
+    last = float(pipe.scheduler.config.num_train_timesteps - 1) if statistics.timesteps[-1] > 1 else 1.0
+    needs = {name: needs_of(plan) for name, plan in plans.items() if name in statistics.layers}
+    with undisturbed(pipe):
+        covered = over_all_timesteps(denoiser, recorder.calls[0], last, needs, seed=0)
+    return dataclasses.replace(statistics, layers={**statistics.layers, **covered.layers})
+
+
+def _quantized(plan: LayerPlan, layer: nn.Module, statistics: LayerStatistics | None) -> nn.Module:
     weights = quantize_layer(plan, layer, statistics)
     return LAYER_CLASSES[plan.kind].from_float(layer, plan, weights)  # type: ignore[arg-type]  # kind says which
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from qdiff.layers import QuantConv2d, QuantEmbedding, QuantLinear
+from qdiff.plugin.attention import describe_probabilities
 from qdiff.plugin.structure import find_denoiser, named_layers, quantization_of
 from qdiff.recipe import LayerPlan
 
@@ -39,6 +40,7 @@ class Summary:
     bytes_after:  all of the quantized one: codes, multipliers, scales, smoothing, low-rank branches and range tables
                   as they are stored, and what stayed in floating point at 16 bits, as before.
     bytes_held:   the quantized denoiser as it is now (kept layers may be in float32).
+    probabilities: how attention's probabilities are quantized; empty where they are not.
 
     It should be the case that the rows' bytes add up to the totals: nothing that is stored is left out.
     """
@@ -47,6 +49,7 @@ class Summary:
     recipe: str | None
     rows: tuple[Row, ...]
     bytes_held: int
+    probabilities: str = ""
 
     @property
     def bytes_before(self) -> int:
@@ -87,6 +90,7 @@ class Summary:
         text = io.StringIO()
         Console(file=text, width=150).print(table)
         note = f"floating point counted at 16 bits, before and after; held in memory now: {_kib(self.bytes_held)}"
+        note += f"\n{self.probabilities}" if self.probabilities else ""
         return f"{text.getvalue()}{note}"
 
 
@@ -110,7 +114,8 @@ def summary(pipe: DiffusionPipeline) -> Summary:
     rest = _bytes(_uncounted(_tensors(denoiser), counted))
     rows.append(Row(_ALL_ELSE, "", "16-bit float", rest, rest, "norms, tables and other parameters"))
     held = sum(tensor.numel() * tensor.element_size() for tensor in _uncounted(_tensors(denoiser), set()))
-    return Summary(type(denoiser).__name__, record.recipe.name if record else None, tuple(rows), held)
+    recipe = record.recipe.name if record else None
+    return Summary(type(denoiser).__name__, recipe, tuple(rows), held, describe_probabilities(denoiser))
 
 
 def _quantized_row(name: str, layer: nn.Module, plan: LayerPlan, counted: set[int]) -> Row:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdiff.calibration import Statistics, collect
-from qdiff.calibration.accumulator import SAMPLE_ROWS
+from qdiff.calibration import Moments, Samples, Statistics, collect
+from qdiff.calibration.accumulator import SAMPLE_ROWS, MomentSum
+from qdiff.calibration.histogram import BINS
 
 
 class Denoiser(nn.Module):
@@ -127,7 +128,7 @@ def test_only_what_is_needed_is_kept(denoiser):
 
 def test_memory_counts_every_tensor(denoiser):
     layer = gathered(denoiser).layers["linear"]
-    assert layer.memory_bytes == 3 * 4 + 3 * 4 * 4 + 3 * 4 * 64 * 4 + len(layer.samples.timesteps) * (4 * 2 + 8)
+    assert layer.memory_bytes == 3 * 4 + 3 * 4 * 4 + 3 * 4 * BINS * 4 + len(layer.samples.timesteps) * (4 * 2 + 8)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
@@ -167,3 +168,77 @@ def test_percentiles_per_tensor_and_per_channel(denoiser):
     assert layer.channel_percentile(0.99).shape == (3, 3)
     assert (layer.channel_percentile(0.99) <= layer.channel_absmax).all()
     assert (layer.percentile(0.99) > layer.percentile(0.5)).all()
+
+
+def unfolded(x):
+    """Every output position's patch, [positions, (tap, channel)]."""
+    columns = torch.nn.functional.unfold(x, 3, padding=1).transpose(1, 2)
+    return columns.reshape(len(columns), -1, x.shape[1], 9).transpose(2, 3).flatten(0, 1).flatten(1)
+
+
+def test_moments_are_those_of_all_rows_each_call_counting_alike(denoiser):
+    moments = gathered(denoiser, ("hessian",), repeats=1).layers["conv"].moments  # 128 positions a call: all of them
+    generator = torch.Generator().manual_seed(0)
+    gram, mean, weight = torch.zeros(27, 27).double(), torch.zeros(27).double(), 0.0
+    for timestep in (900.0, 500.0, 100.0):
+        rows = unfolded((torch.randn(2, 3, 8, 8, generator=generator) * (1 + timestep / 100)).double())
+        balance = rows.square().mean().rsqrt()
+        gram += balance**2 * rows.T @ rows / len(rows) / 3
+        mean += balance**2 * rows.mean(0) / 3
+        weight += balance**2 / 3
+    assert moments.rows == 3 * 128
+    # float32 sums of 384 products
+    torch.testing.assert_close(moments.gram.double(), gram, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moments.mean.double(), mean, rtol=1e-4, atol=1e-5)
+    assert moments.weight.item() == pytest.approx(weight.item(), rel=1e-5)
+
+
+def test_moments_are_in_the_order_of_the_weight(denoiser):
+    moments = gathered(denoiser, ("hessian",)).layers["conv"].moments
+    rows = torch.randn(50, 9, 3)
+    by_segment = Samples(rows.half(), torch.zeros(50).long()).gemm((1, 2))
+    flat = rows.half().float().flatten(1)
+    expected = Moments(flat.T @ flat, flat.mean(0), torch.ones(()), 50).gemm((1, 2))
+    torch.testing.assert_close(expected.gram, by_segment.T @ by_segment, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(expected.mean, by_segment.mean(0))
+    assert moments.gemm((3,)) is moments
+
+
+def test_wide_moments_are_symmetric():
+    layer = nn.Linear(700, 1)  # of more than one block
+    total, x = MomentSum(), torch.randn(100, 700, dtype=torch.float64)
+    total.add(layer, x, torch.Generator())
+    gram = total.moments().gram
+    assert torch.equal(gram, gram.T)
+    torch.testing.assert_close(gram.double(), x.T @ x / x.square().mean() / 100, rtol=1e-4, atol=1e-4)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.other = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return self.q(sample) + self.k(sample) + self.other(sample * 2)
+
+
+def test_layers_that_read_the_same_tensor_share_their_moments():
+    attention = Attention()
+    layers = dict(attention.named_children())
+
+    def run():
+        generator = torch.Generator().manual_seed(0)
+        for timestep in (3.0, 2.0, 1.0):
+            attention(torch.randn(2, 300, 4, generator=generator), torch.tensor(timestep))
+
+    def grams(*watched):
+        found = collect(run, attention, {name: layers[name] for name in watched}, ("hessian",), progress=False)
+        return found, {name: layer.moments.gram for name, layer in found.layers.items()}
+
+    with torch.no_grad():
+        (together, both), (_, alone) = grams("q", "k", "other"), grams("k")
+    assert both["q"] is both["k"]
+    assert both["other"] is not both["q"]
+    assert torch.equal(both["k"], alone["k"])  # what is sampled does not depend on who shares
+    held = {id(tensor): tensor.nbytes for layer in together.layers.values() for tensor in layer.tensors()}
+    assert together.memory_bytes == sum(held.values())

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qdiff.denoising import StepTracker
-from qdiff.layers import QuantConv2d
+from qdiff.layers import LayerSizes, QuantConv2d
 
 GRID = (1.0, 500.0, 999.0)
 GEOMETRIES = {
@@ -112,8 +112,7 @@ def test_every_sample_has_its_timesteps_scale(build):
 )
 def test_an_empty_layer_takes_the_state_strictly(build, changes):
     layer, quantized = build(**changes)
-    rows = quantized.act_scales.shape[0]
-    empty = QuantConv2d.empty(layer.to("meta"), quantized.plan, 0, quantized.smooth is not None, rows)
+    empty = QuantConv2d.empty(layer.to("meta"), quantized.plan, LayerSizes.of_layer(quantized))
     empty.load_state_dict(quantized.state_dict(), strict=True, assign=True)
     empty.tracker = quantized.tracker
     x = torch.randn(2, 24, 7, 6)
@@ -153,7 +152,7 @@ def test_plans_that_do_not_fit(make_plan, quantize):
     with pytest.raises(ValueError, match="segments"):
         QuantConv2d.empty(layer, make_plan("conv2d", (8, 16), mode="static"))
     with pytest.raises(ValueError, match="low-rank"):
-        QuantConv2d.empty(layer, make_plan("conv2d", (16,), mode="static"), rank=2)
+        QuantConv2d.empty(layer, make_plan("conv2d", (16,), mode="static"), LayerSizes(rank=2))
     plan = make_plan("conv2d", (16,), mode="none")
     branch = (torch.zeros(2, 144), torch.zeros(8, 2))
     with pytest.raises(ValueError, match="low-rank"):

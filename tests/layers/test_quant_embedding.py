@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from qdiff.layers import QuantEmbedding
+from qdiff.layers import LayerSizes, QuantEmbedding
 
 
 @pytest.fixture
@@ -76,4 +76,4 @@ def test_tables_that_are_not_built(make_plan):
     with pytest.raises(ValueError, match="range_mode"):
         QuantEmbedding.empty(nn.Embedding(30, 24), make_plan("embedding", (24,), mode="static"))
     with pytest.raises(ValueError, match="rank"):
-        QuantEmbedding.empty(nn.Embedding(30, 24), make_plan("embedding", (24,), mode="none"), rank=2)
+        QuantEmbedding.empty(nn.Embedding(30, 24), make_plan("embedding", (24,), mode="none"), LayerSizes(rank=2))

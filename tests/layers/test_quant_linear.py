@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qdiff.denoising import StepTracker
-from qdiff.layers import QuantizedWeights, QuantLinear, stored_bytes
+from qdiff.layers import LayerSizes, QuantizedWeights, QuantLinear, stored_bytes
 
 MODES = ["dynamic", "static", "temporal", "none"]
 GRID = (1.0, 500.0, 999.0)
@@ -89,10 +89,7 @@ def test_temporal_scales_follow_the_timestep(build):
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_an_empty_layer_takes_the_state_strictly(build, state_dict_changes, device):
     layer, quantized = build(**state_dict_changes)
-    rank = 0 if quantized.down is None else quantized.down.shape[0]
-    rows = 0 if quantized.act_scales is None else quantized.act_scales.shape[0]
-    has_smooth = quantized.smooth is not None
-    empty = QuantLinear.empty(layer.to(device), quantized.plan, rank, has_smooth, rows)
+    empty = QuantLinear.empty(layer.to(device), quantized.plan, LayerSizes.of_layer(quantized))
     empty.load_state_dict(quantized.state_dict(), strict=True, assign=True)
     empty.tracker = quantized.tracker
     x = torch.randn(3, 48)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qdiff.denoising import StepTracker
-from qdiff.layers import QuantConv2d, QuantEmbedding, QuantizedWeights, QuantLinear, stored_bytes
+from qdiff.layers import LayerSizes, QuantConv2d, QuantEmbedding, QuantizedWeights, QuantLinear, stored_bytes
 from qdiff.numerics.packing import expand_weight
 
 
@@ -85,7 +85,7 @@ def test_a_codebook_in_place_of_multipliers(make_plan, case):
     assert four.codebook.dtype == torch.int8
     assert torch.equal(four.weight, eight.weight)
     assert torch.equal(four(x), eight(x))
-    empty = kind.empty(layer, four.plan, has_codebook=True)
+    empty = kind.empty(layer, four.plan, LayerSizes(has_codebook=True))
     empty.load_state_dict(four.state_dict(), strict=True, assign=True)
     assert torch.equal(empty(x), four(x))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from types import SimpleNamespace
 
 import pytest
@@ -37,7 +38,9 @@ def inputs_of(layer: nn.Module, outliers: float = 1.0, growth: float = 1.0) -> l
     return [torch.randn(shape, generator=generator) * gain * growth**step for step in range(len(TIMESTEPS))]
 
 
-def statistics_of(layer: nn.Module, inputs: list[Tensor]) -> Statistics:
+def statistics_of(
+    layer: nn.Module, inputs: list[Tensor], needs: Collection[str] = ("samples", "histograms")
+) -> Statistics:
     denoiser = OneLayer(layer)
 
     def run() -> None:
@@ -45,7 +48,7 @@ def statistics_of(layer: nn.Module, inputs: list[Tensor]) -> Statistics:
             denoiser(x, torch.tensor(timestep))
 
     with torch.no_grad():
-        return collect(run, denoiser, {"layer": layer}, {"samples", "histograms"}, progress=False)
+        return collect(run, denoiser, {"layer": layer}, needs, progress=False)
 
 
 def plan_of(layer: nn.Module, segments: tuple[int, ...] | None = None, **changes: object) -> LayerPlan:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
+from qdiff.calibration.bounds import Estimator
 from qdiff.methods.contract import RoundedWeight
 from qdiff.methods.quantize import prepare
 from qdiff.methods.state import LowRankBranch
@@ -80,3 +83,27 @@ def test_rounded_weight_by_group():
     rounded = RoundedWeight(codes, torch.tensor([[2, 10]], dtype=torch.uint8), torch.tensor([0.5]))
     assert rounded.dequantize().tolist() == [[1.0, 2.0, 15.0, 20.0]]
     assert RoundedWeight(codes, None, torch.tensor([2.0])).dequantize().tolist() == [[2.0, 4.0, 6.0, 8.0]]
+
+
+@pytest.mark.parametrize("estimator", ["minmax", "mse", "percentile", "ksigma"])
+def test_ranges_of_a_remade_input_are_measured_on_its_rows(bench, layer, estimator):
+    """A shift of zero changes nothing but the way the range is found: from samples and not from channels."""
+    statistics = bench.statistics(layer, bench.inputs(layer, growth=3.0)).layers["layer"]
+    state = prepare(bench.plan(layer, activation_bits=6), layer, statistics)
+    for per_timestep in (True, False):
+        expected = state.measured_steps(Estimator(estimator), per_timestep)
+        shifted = dataclasses.replace(state, shift=torch.zeros(state.channels))
+        found = shifted.measured_steps(Estimator(estimator), per_timestep)
+        # 85 rows a timestep, which do not reach the largest value of 256 or more.
+        torch.testing.assert_close(found, expected, rtol=0.25 if estimator == "minmax" else 0.12, atol=0)
+    moved = dataclasses.replace(state, shift=torch.full((state.channels,), 1000.0))
+    assert (moved.measured_steps(Estimator(estimator), True) * 31 > 900).all()
+
+
+def test_a_remade_input_without_samples_is_an_error(bench, linear):
+    statistics = bench.statistics(linear, bench.inputs(linear)).layers["layer"]
+    bare = dataclasses.replace(statistics, samples=None)
+    state = prepare(bench.plan(linear), linear, bare)
+    state.shift = torch.zeros(64)
+    with pytest.raises(ValueError, match="is measured on samples, and calibration kept none"):
+        state.measured_steps(Estimator("mse"), per_timestep=True)

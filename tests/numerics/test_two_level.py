@@ -155,7 +155,7 @@ def test_many_chunks_equal_rows_one_by_one():
 
 
 @pytest.mark.parametrize("fit", [fit_channel, fit_tensor])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 def test_one_scale(fit, bits):
     w = laplace(16, 300)
     w[3] = 0
@@ -163,7 +163,7 @@ def test_one_scale(fit, bits):
     errors = {search: float((dequantize_two_level(f) - w).square().sum()) for search, f in fitted.items()}
     assert errors[True] <= errors[False]
     searched = fitted[True]
-    low, high = (-8, 7) if bits == 4 else (-127, 127)
+    low, high = (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     assert low <= int(searched.codes_q.min()) <= int(searched.codes_q.max()) <= high
     assert (searched.multipliers == 1).all()
     assert searched.multipliers.shape == (16, 1)
@@ -172,6 +172,23 @@ def test_one_scale(fit, bits):
         assert len(searched.scale.unique()) == 1
     else:
         assert float(searched.scale[3]) == 1
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_fewer_bits_in_groups(bits):
+    """Codes keep to their range, and the fit is near the best free step of every group (here with multipliers of 1..15)."""
+    w = laplace(8, 128)
+    scale, multipliers = fit_two_level(w, 32, bits=bits)
+    q = round_two_level(w, scale, multipliers, 32, bits)
+    assert (int(q.min()), int(q.max())) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    got = (dequantize_two_level(TwoLevelWeight(q, multipliers, scale)).double() - w.double()).square().sum()
+    groups = w.double().view(8, 4, 32)
+    errors = [
+        ((groups / (s * widest)).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * s * widest - groups).square().sum(-1)
+        for widest in [groups.abs().amax(-1, keepdim=True)]
+        for s in torch.linspace(0.1, 1, 200, dtype=torch.double)
+    ]
+    assert got <= 1.06 * torch.stack(errors).amin(0).sum()
 
 
 @pytest.mark.parametrize("fit", [fit_channel, fit_tensor])
@@ -199,7 +216,8 @@ def test_one_scale_is_near_the_best_of_a_finer_search():
         (lambda: fit_two_level(torch.randn(2, 8), 0), "group_size"),
         (lambda: fit_two_level(torch.randn(8), 4), "group_size"),
         (lambda: fit_two_level(torch.randn(2, 8), 4, torch.ones(7)), "importance"),
-        (lambda: fit_channel(torch.randn(2, 8), 3), "bits"),
+        (lambda: fit_channel(torch.randn(2, 8), 9), "bits: got 9"),
+        (lambda: fit_two_level(torch.randn(2, 8), 4, bits=5), r"bits: got 5, expected one of \[2, 3, 4\]"),
     ],
 )
 def test_wrong_arguments(call, named):

@@ -53,6 +53,17 @@ def test_codes_are_the_nearest_and_saturate(shape, segments, channel_dim, rows, 
     assert ((codes.double() - exact)[inside].abs() <= 0.5 + 127 * 2**-22).all()
 
 
+@pytest.mark.parametrize("bits", [4, 6])
+def test_fewer_bits_saturate_sooner(bits):
+    levels = 2 ** (bits - 1) - 1
+    x = torch.randn(2, 6, 5, 3, generator=torch.Generator().manual_seed(0)) * 3
+    scale = torch.full((1, 1), 4 / levels)
+    exact = reference(x, scale, None, [6], 1)
+    codes = quantize_per_sample(x, scale, None, [6], 1, levels)
+    assert (int(codes.min()), int(codes.max())) == (-levels, levels)
+    assert torch.equal(codes.double(), exact.round().clamp(-levels, levels))
+
+
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_images_come_out_channels_last_from_any_order(order):
     x = torch.randn(2, 8, 6, 5)

@@ -41,6 +41,17 @@ def test_any_row(values):
     assert ((x.double() - codes.double() * scale.double()[:, None]).abs() <= step / 2 * SLACK).all()
 
 
+@pytest.mark.parametrize("bits", [4, 5, 7])
+def test_fewer_bits(bits):
+    levels = 2 ** (bits - 1) - 1
+    x = torch.randn(30, 50, generator=torch.Generator().manual_seed(0))
+    codes, scale, _ = quantize_per_token(x, None, None, levels)
+    step = x.double().abs().amax(-1) / levels
+    torch.testing.assert_close(scale.double(), step, rtol=1e-6, atol=0)
+    assert ((x.double() - codes.double() * step[:, None]).abs() <= step[:, None] / 2 * SLACK).all()
+    assert (codes.int().abs().amax(-1) == levels).all()
+
+
 def test_rows_of_zeros_have_scale_one_and_codes_zero():
     x = torch.zeros(3, 8)
     x[1] = 2.0
@@ -115,6 +126,7 @@ def test_opcheck():
         for smooth in (None, torch.rand(8)):
             for down in (None, torch.randn(3, 8)):
                 torch.library.opcheck(quantize_per_token, (torch.randn(shape), smooth, down))
+    torch.library.opcheck(quantize_per_token, (torch.randn(3, 8), None, None, 7))
 
 
 @pytest.mark.parametrize(
@@ -132,3 +144,9 @@ def test_opcheck():
 def test_wrong_arguments(x, smooth, down, named):
     with pytest.raises(ValueError, match=f"^{named}: got"):
         quantize_per_token(x, smooth, down)
+
+
+@pytest.mark.parametrize("levels", [0, 128])
+def test_impossible_levels(levels):
+    with pytest.raises(ValueError, match="^levels: got"):
+        quantize_per_token(torch.zeros(2, 8), None, None, levels)

@@ -1,0 +1,132 @@
+"""AdaQuant: weights and their scales are fitted to the layer's full-precision output, on its quantized inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qdiff.methods.contract import RoundedWeight, Rounding
+from qdiff.methods.registry import register
+from qdiff.methods.state import LayerState
+from qdiff.methods.weight_grid import WeightGrid
+
+# Of the samples' rows: one in this many is not fitted to, and says which iteration was the best.
+HELD_OUT = 4
+# Iterations between two looks at those.
+CHECK_EVERY = 20
+BATCH_ROWS = 256
+# Adam's; the floor of the denominator only keeps zeros from being divided by.
+MOMENTUM, DECAY, FLOOR = 0.9, 0.99, 1e-18
+
+
+@register("adaquant")
+@dataclass(frozen=True)
+class AdaQuant(Rounding):
+    """min over V and s of |X W^T - Q(X_q) Q_s(W + V)^T|^2, layer by layer, by Adam and straight-through gradients.
+
+    AdaQuant (arXiv 2006.10518, equation 3), on inputs X_q that carry the quantization of all layers before ("sequential
+    AdaQuant"), or on X itself. Unlike AdaRound, a weight may move by more than one step.
+
+    What differs here: multipliers stay as first fitted, a scale a row is learned. Steps of activations are the
+    activation range's business and not learned; the bias is `bias_correction`'s. Rows of every timestep count alike. A
+    quarter of the rows is not fitted to, and picks the best iteration, the start (nearest) among them.
+
+    sequential:    needs "carried" of calibration: layers are quantized one block after the other.
+    iterations:    of Adam, its learning rate falling linearly to zero.
+    learning_rate: of the weights, in steps of their grid; a hundredth of it for the logarithm of a scale.
+    Law: on the rows held out, never worse than nearest.
+    """
+
+    sequential: bool = True
+    iterations: int = 200
+    learning_rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
+            raise ValueError(f"adaquant.iterations must be a positive integer: got {self.iterations!r}")
+        if isinstance(self.learning_rate, bool) or not 0 < self.learning_rate <= 1:
+            raise ValueError(f"adaquant.learning_rate must be in (0, 1]: got {self.learning_rate!r}")
+        if not isinstance(self.sequential, bool):
+            raise ValueError(f"adaquant.sequential must be true or false: got {self.sequential!r}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"samples", "carried"} if self.sequential else {"samples"})
+
+    def preview(self, state: LayerState) -> RoundedWeight:
+        """The nearest codes."""
+        grid = WeightGrid.fit(state.plan, state.weight, state.importance(), quick=True)
+        return grid.rounded(grid.nearest(state.weight))
+
+    def round(self, state: LayerState) -> RoundedWeight:
+        grid = WeightGrid.fit(state.plan, state.weight, state.importance())
+        inputs, arriving = state.inputs(), state.carried_inputs()
+        if inputs is None or len(inputs) < HELD_OUT:
+            return grid.rounded(grid.nearest(state.weight))
+        quantized = state.on_input_grid(inputs if arriving is None else arriving) * state.balance()
+        target = (inputs * state.balance()) @ state.weight.T
+        held_out = torch.arange(len(inputs), device=inputs.device) % HELD_OUT == 0
+        fit = _Fit(state.weight, grid, shared_scale=state.plan.granularity == "tensor")
+        best, least = fit.rounded(), fit.error(quantized[held_out], target[held_out])
+        rows, wanted = quantized[~held_out], target[~held_out]
+        draw = torch.Generator().manual_seed(0)
+        for iteration in range(self.iterations):
+            batch = torch.randperm(len(rows), generator=draw)[:BATCH_ROWS].to(rows.device)
+            fit.step(rows[batch], wanted[batch], self.learning_rate * (1 - iteration / self.iterations))
+            if (iteration + 1) % CHECK_EVERY == 0 or iteration + 1 == self.iterations:
+                error = fit.error(quantized[held_out], target[held_out])
+                if error < least:
+                    best, least = fit.rounded(), error
+        return best
+
+
+class _Fit:
+    """The trained numbers: the weight in steps of its grid [N, K], and the logarithm of each scale's change [N, 1]."""
+
+    def __init__(self, weight: Float[Tensor, "N K"], grid: WeightGrid, shared_scale: bool) -> None:
+        self.grid, self.shared_scale = grid, shared_scale
+        steps = grid.steps(weight.shape[1])
+        self.unit = steps.mean()  # trained in units of it, lest squared gradients of small weights vanish
+        self.steps = steps / self.unit
+        self.levels = weight / steps
+        self.growth = torch.zeros_like(weight[:, :1])
+        self.adam = [_Adam(self.levels), _Adam(self.growth)]
+
+    def codes(self) -> Float[Tensor, "N K"]:
+        return self.levels.round().clamp_(self.grid.low, self.grid.high)
+
+    def rounded(self) -> RoundedWeight:
+        return self.grid.rescaled(self.growth.exp()[:, 0]).rounded(self.codes().to(torch.int8))
+
+    def error(self, rows: Float[Tensor, "R K"], wanted: Float[Tensor, "R N"]) -> float:
+        """Squared, of the layer's output."""
+        return float((rows @ self.rounded().dequantize().T - wanted).square().sum())
+
+    def step(self, rows: Float[Tensor, "R K"], wanted: Float[Tensor, "R N"], rate: float) -> None:
+        """One of Adam. The gradient passes rounding as if it were not there, and ends where codes are clipped."""
+        codes = self.codes()
+        steps = self.steps * self.growth.exp()
+        gradient = ((rows @ (steps * codes).T - wanted / self.unit).T @ rows) * steps
+        scale_gradient = (gradient * codes).sum(1, keepdim=True)
+        if self.shared_scale:
+            scale_gradient = scale_gradient.sum(0, keepdim=True).expand_as(scale_gradient)
+        inside = (self.levels >= self.grid.low - 0.5) & (self.levels <= self.grid.high + 0.5)
+        self.levels -= rate * self.adam[0].direction(gradient * inside)
+        self.growth -= rate / 100 * self.adam[1].direction(scale_gradient)
+
+
+class _Adam:
+    """arXiv 1412.6980, algorithm 1: the direction of a step."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.mean, self.square, self.count = torch.zeros_like(like), torch.zeros_like(like), 0
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        self.count += 1
+        self.mean.lerp_(gradient, 1 - MOMENTUM)
+        self.square.lerp_(gradient.square(), 1 - DECAY)
+        root = (self.square / (1 - DECAY**self.count)).sqrt_().add_(FLOOR)
+        return self.mean / (1 - MOMENTUM**self.count) / root
