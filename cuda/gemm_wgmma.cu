@@ -311,6 +311,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
     float4* const partial = p.partial + static_cast<long long>(2 * blockIdx.x + group) * (kAccumulators / 4) * 128 + threadIdx.x % 128;
     Ring ring{0, 0};
     auto release = [&](int s) {
+        __syncwarp();  // the arrival is of the other lanes' reads as well
         if (lane == 0) barrier_arrive(empty + 8 * s);
     };
     for (int index = blockIdx.x / SPLIT; index < p.tiles; index += gridDim.x / SPLIT) {

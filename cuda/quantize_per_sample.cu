@@ -4,21 +4,21 @@
 //   x of TYPE: [batch, pixels, channels], or with TRANSPOSE [batch, channels, pixels]
 //   codes int8 [batch, pixels, channels]; all contiguous    scale float32 [rows, segments]    smooth float32 or null
 //
-// A block has a run of pixels of one sample: blockIdx.x = sample * runs + run.
+// A block has a run of pixels of one sample.
 //
 // Channels last in, channels last out (TRANSPOSE = 0): a thread owns VALUES channels, whose factors it keeps in
-// registers, and every `lanes`-th pixel of the run, lanes = threads / columns:
+// registers, and every `lanes`-th pixel of the run; it asks for UNROLL of them at once, before it computes the factors.
 //
 //            c 0..7     8..15      ...
 //   pixel 0  thread 0   1          ...  columns - 1           blockIdx.y: which `columns` chunks of the channels, where
-//   pixel 1  columns    columns+1  ...                        a block has not room for all
+//   pixel 1  columns    columns+1  ...                        a block has not room for all; x: sample, z: run
 //
-// Channels first in (TRANSPOSE = 1): a run is 64 pixels, blockIdx.y picks 64 channels. A thread reads 8 pixels of 4
-// neighbouring channels; the 4 codes of a pixel are one word of shared memory (64 pixels x 17 words, the 17th against
-// bank conflicts: 4352 bytes).
+// Channels first in (TRANSPOSE = 1): a run is 64 pixels, blockIdx.x = sample * runs + run, blockIdx.y picks 64 channels.
+// A thread reads 8 pixels of 4 neighbouring channels; the 4 codes of a pixel are one word of shared memory (64 pixels x
+// 17 words, the 17th against bank conflicts: 4352 bytes).
 //
-// Any architecture. VALUES = 1 is for sizes and addresses that the 8-value chunks do not fit: with TRANSPOSE, pixels
-// that are no multiple of 8 or channels that are none of 16.
+// Any architecture. VALUES = 1 is for sizes and addresses that the 8-value chunks do not fit: segments that are no
+// multiples of 8, and with TRANSPOSE pixels that are none or channels that are none of 16.
 //
 // Macros: TYPE (dtype.cuh), TRANSPOSE, VALUES (8 or 1). A block has up to 256 threads; 128 with TRANSPOSE.
 #include "chunk.cuh"
@@ -37,28 +37,30 @@ struct Params {
     int samples_per_row;
     int segments;            // up to 8, or `channels`
     int ends[MAX_SEGMENTS];  // of up to 8 segments, in channels
-    int columns;             // TRANSPOSE = 0
+    int columns, lanes;      // TRANSPOSE = 0, and so the next one
+    int inverse;             // 65536 / columns, rounded up: below 256, division is a multiplication
     int run;                 // pixels of a block
     int runs;                // of a sample
 };
 
-// Of COUNT neighbouring channels; 0 beyond the last.
+// Of COUNT neighbouring channels of one segment; `row` is the sample's of `scale`.
 template <int COUNT>
-__device__ __forceinline__ void load_channel_factors(float (&factor)[COUNT], const Params& p, int sample, int channel) {
-    const float* scale = p.scale + sample / p.samples_per_row * p.segments;
-    const bool each = p.segments == p.channels;
-    float step[COUNT];
-    int segment = each ? channel : 0;
+__device__ __forceinline__ void load_channel_factors(float (&factor)[COUNT], const Params& p, int row, int channel) {
+    int segment = channel;
+    if (p.segments != p.channels) {
+        segment = 0;
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-        step[i] = 1.0f, factor[i] = 0.0f;
-        if (channel + i >= p.channels) continue;
-        while (channel + i >= (each ? segment + 1 : p.ends[segment])) ++segment;
-        step[i] = __ldg(scale + segment);
-        factor[i] = p.smooth == nullptr ? 1.0f : __ldg(p.smooth + channel + i);
+        for (int i = 0; i < MAX_SEGMENTS - 1; ++i) segment += channel >= p.ends[i];
     }
+    const float scale = __ldg(p.scale + row * p.segments + segment);
+    if constexpr (COUNT == 1) {
+        factor[0] = p.smooth == nullptr ? 1.0f : __ldg(p.smooth + channel);
+    } else {
+        load_factors(factor, p.smooth, channel, true);
+    }
+    const float step = scale < 1e-30f ? 1e-30f : scale;
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) factor[i] = __fdiv_rn(factor[i], step[i] < 1e-30f ? 1e-30f : step[i]);
+    for (int i = 0; i < COUNT; ++i) factor[i] = __fdiv_rn(factor[i], step);
 }
 
 // The low byte is the code.
@@ -74,16 +76,15 @@ using Loaded = Chunk<TYPE>;
 using Loaded = float;
 #endif
 
-__device__ __forceinline__ void load_pixels(Loaded (&x)[UNROLL], const Params& p, long long start, int first, int lanes,
-                                            int end) {
+// Of this thread's next pixels, the first of which is at `at`, those before `end`.
+__device__ __forceinline__ void load_pixels(Loaded (&x)[UNROLL], const Params& p, long long at, int first, int end) {
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-        const int pixel = first + u * lanes;
-        const long long at = start + static_cast<long long>(pixel) * p.channels;
+        if (first + u * p.lanes >= end) continue;
 #if VALUES == 8
-        x[u] = load_chunk<TYPE>(p.x, at, pixel < end);
+        x[u] = load_chunk<TYPE>(p.x, at + u * p.lanes * p.channels, true);
 #else
-        x[u] = pixel < end ? load_float(p.x, TYPE, at) : 0.0f;
+        x[u] = load_float(p.x, TYPE, at + u * p.lanes * p.channels);
 #endif
     }
 }
@@ -101,31 +102,31 @@ __device__ __forceinline__ void store_codes(signed char* to, const Loaded& x, co
 #endif
 }
 
-constexpr int RESIDENT = TYPE == DTYPE_F32 ? 3 : 4;  // blocks of a multiprocessor, as far as registers go
+constexpr int RESIDENT = TYPE == DTYPE_F32 ? 3 : 5;  // blocks of a multiprocessor, as far as registers go
 
 extern "C" __global__ void __launch_bounds__(256, RESIDENT) quantize_per_sample(const __grid_constant__ Params p) {
     wait_for_kernel_before();
     let_next_kernel_in();
-    const int sample = blockIdx.x / p.runs, run = blockIdx.x % p.runs;
-    const int lanes = blockDim.x / p.columns, lane = threadIdx.x / p.columns;
-    const int channel = VALUES * (blockIdx.y * p.columns + threadIdx.x % p.columns);
-    if (lane >= lanes || channel >= p.channels) return;
+    const int sample = blockIdx.x, run = blockIdx.z;
+    const int lane = threadIdx.x * p.inverse >> 16, column = threadIdx.x - lane * p.columns;
+    const int channel = VALUES * (blockIdx.y * p.columns + column);
+    if (lane >= p.lanes || channel >= p.channels) return;
     const int end = min(p.pixels, (run + 1) * p.run);
-    const long long start = static_cast<long long>(sample) * p.pixels * p.channels + channel;
     int first = run * p.run + lane;
+    long long at = (static_cast<long long>(sample) * p.pixels + first) * p.channels + channel;
     Loaded x[UNROLL];
-    load_pixels(x, p, start, first, lanes, end);
+    load_pixels(x, p, at, first, end);
     float factor[VALUES];
     load_channel_factors(factor, p, sample, channel);
-    while (first < end) {
+    while (true) {
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
-            const int pixel = first + u * lanes;
-            if (pixel >= end) break;
-            store_codes(p.codes + start + static_cast<long long>(pixel) * p.channels, x[u], factor);
+            if (first >= end) return;
+            store_codes(p.codes + at, x[u], factor);
+            first += p.lanes;
+            at += p.lanes * p.channels;
         }
-        first += UNROLL * lanes;
-        load_pixels(x, p, start, first, lanes, end);
+        load_pixels(x, p, at, first, end);
     }
 }
 
@@ -146,14 +147,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_per_sam
 
     const int local_pixel = 8 * (threadIdx.x % (TILE / 8)), quad = threadIdx.x / (TILE / 8);
     const int pixel = first_pixel + local_pixel, channel = first_channel + 4 * quad;
-    float value[4][8];
+    const int row = sample / p.samples_per_row;
+    float value[4][8], factor[4];
 #if VALUES == 8
     Chunk<TYPE> chunk[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-        const bool valid = pixel < p.pixels && channel + c < p.channels;
+        const bool valid = pixel < p.pixels && channel < p.channels;
         chunk[c] = load_chunk<TYPE>(p.x, start + static_cast<long long>(channel + c) * p.pixels + pixel, valid);
     }
+    load_channel_factors(factor, p, row, min(channel, p.channels - 4));
 #pragma unroll
     for (int c = 0; c < 4; ++c) floats_of(chunk[c], value[c]);
 #else
@@ -165,10 +168,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_per_sam
             const long long at = start + static_cast<long long>(channel + c) * p.pixels + pixel + i;
             value[c][i] = valid ? load_float(p.x, TYPE, at) : 0.0f;
         }
+        float one[1];
+        load_channel_factors(one, p, row, min(channel + c, p.channels - 1));
+        factor[c] = one[0];
     }
 #endif
-    float factor[4];
-    load_channel_factors(factor, p, sample, channel);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         unsigned code[4];

@@ -2,14 +2,17 @@
 //
 //   x [rows, k] of TYPE, contiguous    codes int8 [rows, k]    scale float32 [rows]    smooth float32 [k] or null
 //
-// LANES threads (a power of two, up to the block) own a row. Thread l holds the row's chunks of eight values l,
-// l + LANES, ..., VECTORS of them at most, in registers from the load to the store, so device memory is passed once:
+// LANES threads (a power of two up to a warp, or whole warps) own a row. Thread l holds the row's chunks of eight values
+// l, l + LANES, ..., VECTORS of them at most, in registers from the load to the store, so device memory is passed once:
 //
 //       lane   0 1 2 3 .. L-1 | 0 1 2 3 .. L-1 | 0 1 ..
 //       chunk  0 1 2 3 ..  L-1  L L+1 ..                      a warp reads 512 bytes and writes 256 at a time
 //
 // VECTORS = 0 is for rows that are no whole number of aligned chunks, or too long for the registers: value by value,
-// in two passes, the second of them from a cache. Any architecture; registers set the number of resident blocks.
+// in two passes, the second of them from a cache. Any architecture.
+//
+// Registers set how many rows a multiprocessor has under way: it needs two at the least, one that is loaded while the
+// other is stored.
 //
 // Macros: TYPE (dtype.cuh), LANES, VECTORS, THREADS (of a block, a multiple of LANES and of 32).
 #include "chunk.cuh"
@@ -26,7 +29,8 @@ struct Params {
 };
 
 // Blocks of a multiprocessor, as far as registers go.
-constexpr int RESIDENT = (VECTORS <= 6 ? 640 : 512) / THREADS;
+constexpr int REGISTERS = TYPE == DTYPE_F32 || VECTORS == 0 ? 96 : 32 + 8 * VECTORS;
+constexpr int RESIDENT = 65536 / REGISTERS / THREADS;
 static_assert(THREADS % LANES == 0 && THREADS % 32 == 0, "a block is a whole number of rows and of warps");
 
 // The largest of a row's magnitudes, in each of its threads. Every thread of the block calls it.

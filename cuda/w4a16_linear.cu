@@ -142,9 +142,11 @@ __device__ __forceinline__ const unsigned char* copy_side(unsigned char* shared,
         const unsigned char* from = WEIGHT == 4 ? p.multipliers : reinterpret_cast<const unsigned char*>(p.codebook);
         const long long bytes = side_bytes(p), begin = first * bytes, aligned = begin / 16 * 16;
         const int count = static_cast<int>(end * bytes - aligned);
+        const long long room = p.n * bytes - aligned;
         for (int i = 16 * threadIdx.x; i < count; i += 16 * THREADS) {
-            // Rows are not multiples of 16 bytes: the last piece may end where the array does.
-            if (i + 16 <= count) {
+            // Rows are not multiples of 16 bytes: the last piece goes on into the next block's, or ends where the array
+            // does.
+            if (i + 16 <= room) {
                 cp_async_16(shared + i, from + aligned + i, true);
             } else {
 #pragma unroll 1
@@ -287,6 +289,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) w4a16_linear(con
     cp_async_commit();
 #pragma unroll 1
     for (int i = 0; i < STAGES; ++i) copy_unit(ring + i * STAGE_BYTES, source, steps, i < left);
+    // Scales and biases are looked at last; in registers they would be too many until then.
+    const int feature = first_row + static_cast<int>(threadIdx.x);
+    if (feature < end) {
+        prefetch_l2(p.scale + feature);
+        if (p.bias != nullptr) prefetch_l2(static_cast<const char*>(p.bias) + dtype_bytes(p.bias_type) * feature);
+    }
     stage_rows(shared, p, steps);
     cp_async_wait<STAGES>();
     __syncthreads();
@@ -332,6 +340,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) w4a16_linear(con
     while (i < outputs) {
         const int row = i / block_rows, local = i % block_rows, j = local / TILE;
         float total = 0.0f;
+#pragma unroll 4
         for (int w = j * steps / run; w <= ((j + 1) * steps - 1) / run; ++w) {
             total += sums[((w + j) * p.rows + row) * TILE + local % TILE];
         }

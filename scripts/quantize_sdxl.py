@@ -38,7 +38,9 @@ def text_config(width: int, projection: int) -> CLIPTextConfig:
     )
 
 
-def build(assets: Path, device: str, channels: tuple[int, int, int], depth: int, size: int) -> StableDiffusionXLPipeline:
+def build(
+    assets: Path, device: str, channels: tuple[int, int, int], depth: int, size: int
+) -> StableDiffusionXLPipeline:
     torch.manual_seed(0)
     dtype = torch.float16 if device.startswith("cuda") else torch.float32
     tokenizer = CLIPTokenizer.from_pretrained(str(assets / "emoji-sd" / "tokenizer"))

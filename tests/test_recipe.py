@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 
+from qdiff.methods import range_mode
 from qdiff.recipe import (
     DEFAULT_KEEP,
     PRESETS,
@@ -78,8 +79,8 @@ def test_plan_of_a_convolution():
     assert plan.segments == (128, 64)
 
 
-def test_plan_of_a_time_embedding_is_8_bit_without_transforms():
-    plan = Recipe.preset("w4a8").plan("time_embedding.linear_1", "linear", (100,))
+def test_plan_of_an_8_bit_layer_has_no_groups():
+    plan = Recipe.preset("w4a8").plan("time_text_embed.linear_1", "linear", (100,))
     assert (plan.weight_bits, plan.group_size, plan.transforms, plan.range_mode) == (8, -1, (), "dynamic")
 
 
@@ -89,8 +90,12 @@ def test_plan_of_a_time_embedding_is_8_bit_without_transforms():
         ("down_blocks.0.attentions.1.proj_in", 8),
         ("up_blocks.1.resnets.0.conv_shortcut", 8),
         ("up_blocks.1.upsamplers.0.conv", 8),
-        ("mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0", 8),
-        ("proj_out_1", 8),
+        ("mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0", 8),
+        ("up_blocks.2.resnets.0.conv2", 8),
+        ("transformer_blocks.3.attn1.to_v", 8),
+        ("transformer_blocks.3.ff.net.0.proj", 8),
+        ("transformer_blocks.3.ff.net.2", 4),
+        ("down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj", 4),
         ("up_blocks.1.resnets.0.conv1", 4),
         ("mid_block.attentions.0.transformer_blocks.0.attn1.to_k", 4),
         ("single_transformer_blocks.3.proj_out", 4),
@@ -104,7 +109,7 @@ def test_default_bits_follow_what_was_measured(layer, bits):
 
 def test_plan_of_an_embedding_has_no_activation():
     plan = Recipe.preset("w4a8").plan("class_embedder.table", "embedding", (64,))
-    assert (plan.range_mode, plan.transforms, plan.weight_bits) == ("none", (), 4)
+    assert (plan.range_mode, plan.transforms, plan.weight_bits) == ("none", (), 8)
 
 
 def test_sixteen_bit_activations_have_no_range():
@@ -138,7 +143,7 @@ def test_group_of_minus_one_is_what_divides_every_segment(segments, expected):
 def test_plans_survive_json():
     for recipe in PRESETS.values():
         for kind, segments in (("linear", (64,)), ("conv2d", (64, 128)), ("embedding", (64,))):
-            plan = recipe.plan("layer", kind, segments)
+            plan = recipe.plan("layer", kind, segments, range_mode)
             assert LayerPlan.from_json(plan.to_json()) == plan
             assert json.loads(plan.to_json())["segments"] == list(segments)
 
@@ -147,7 +152,7 @@ def test_plans_survive_json():
     ("make", "message"),
     [
         (lambda: Recipe.preset("w4a88"), "did you mean 'w4a8'"),
-        (lambda: Recipe.preset("zzz"), "known: naive"),
+        (lambda: Recipe.preset("zzz"), "known: adaquant"),
         (lambda: Recipe.preset("w4a8").replace(kep=()), "did you mean 'keep'"),
         (lambda: Recipe.from_json('{"name": "a", "wieght": {}}'), "did you mean 'weight'"),
         (lambda: Recipe.from_json('{"name": "a", "version": 99}'), "version must be 1"),

@@ -50,10 +50,12 @@ __device__ __forceinline__ void floats_of(const Chunk<DATA>& chunk, float (&valu
     }
 }
 
-// Factors index..index + 7 of a float32 vector, read through the cache, for other rows want them too; ones without one.
-__device__ __forceinline__ void load_factors(float (&factor)[8], const float* factors, int index, bool valid) {
+// COUNT factors of a float32 vector from `index` on, read through the cache, for other rows want them too; ones without
+// one. COUNT and `index` are multiples of 4.
+template <int COUNT>
+__device__ __forceinline__ void load_factors(float (&factor)[COUNT], const float* factors, int index, bool valid) {
 #pragma unroll
-    for (int i = 0; i < 8; i += 4) {
+    for (int i = 0; i < COUNT; i += 4) {
         float4 f = make_float4(1.0f, 1.0f, 1.0f, 1.0f);
         if (factors != nullptr && valid) f = __ldg(reinterpret_cast<const float4*>(factors + index + i));
         factor[i] = f.x, factor[i + 1] = f.y, factor[i + 2] = f.z, factor[i + 3] = f.w;

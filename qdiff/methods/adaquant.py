@@ -17,32 +17,34 @@ from qdiff.methods.weight_grid import WeightGrid
 HELD_OUT = 4
 # Iterations between two looks at those.
 CHECK_EVERY = 20
-BATCH_ROWS = 256
+BATCH_ROWS = 64
 # Adam's; the floor of the denominator only keeps zeros from being divided by.
-MOMENTUM, DECAY, FLOOR = 0.9, 0.99, 1e-18
+DECAY, FLOOR = 0.99, 1e-18
 
 
 @register("adaquant")
 @dataclass(frozen=True)
 class AdaQuant(Rounding):
-    """min over V and s of |X W^T - Q(X_q) Q_s(W + V)^T|^2, layer by layer, by Adam and straight-through gradients.
+    """min over V and s of |X W^T - Q(X_q) Q_s(W + V)^T|^2, layer by layer, by straight-through gradients.
 
     AdaQuant (arXiv 2006.10518, equation 3), on inputs X_q that carry the quantization of all layers before ("sequential
     AdaQuant"), or on X itself. Unlike AdaRound, a weight may move by more than one step.
 
     What differs here: multipliers stay as first fitted, a scale a row is learned. Steps of activations are the
     activation range's business and not learned; the bias is `bias_correction`'s. Rows of every timestep count alike. A
-    quarter of the rows is not fitted to, and picks the best iteration, the start (nearest) among them.
+    quarter of the rows is not fitted to, and picks the best iteration, the start (nearest) among them. Adam goes
+    without momentum: with it, codes go to and fro (error over nearest on emoji-sd's linear layers: 0.75, and 0.64
+    without it).
 
     sequential:    needs "carried" of calibration: layers are quantized one block after the other.
-    iterations:    of Adam, its learning rate falling linearly to zero.
+    iterations:    the learning rate falls linearly to zero over them.
     learning_rate: of the weights, in steps of their grid; a hundredth of it for the logarithm of a scale.
     Law: on the rows held out, never worse than nearest.
     """
 
     sequential: bool = True
     iterations: int = 200
-    learning_rate: float = 0.01
+    learning_rate: float = 0.005
 
     def __post_init__(self) -> None:
         if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
@@ -93,7 +95,7 @@ class _Fit:
         self.steps = steps / self.unit
         self.levels = weight / steps
         self.growth = torch.zeros_like(weight[:, :1])
-        self.adam = [_Adam(self.levels), _Adam(self.growth)]
+        self.squares = [_MeanSquare(self.levels), _MeanSquare(self.growth)]
 
     def codes(self) -> Float[Tensor, "N K"]:
         return self.levels.round().clamp_(self.grid.low, self.grid.high)
@@ -106,7 +108,7 @@ class _Fit:
         return float((rows @ self.rounded().dequantize().T - wanted).square().sum())
 
     def step(self, rows: Float[Tensor, "R K"], wanted: Float[Tensor, "R N"], rate: float) -> None:
-        """One of Adam. The gradient passes rounding as if it were not there, and ends where codes are clipped."""
+        """The gradient passes rounding as if it were not there, and ends where codes are clipped."""
         codes = self.codes()
         steps = self.steps * self.growth.exp()
         gradient = ((rows @ (steps * codes).T - wanted / self.unit).T @ rows) * steps
@@ -114,19 +116,18 @@ class _Fit:
         if self.shared_scale:
             scale_gradient = scale_gradient.sum(0, keepdim=True).expand_as(scale_gradient)
         inside = (self.levels >= self.grid.low - 0.5) & (self.levels <= self.grid.high + 0.5)
-        self.levels -= rate * self.adam[0].direction(gradient * inside)
-        self.growth -= rate / 100 * self.adam[1].direction(scale_gradient)
+        self.levels -= rate * self.squares[0].normalized(gradient * inside)
+        self.growth -= rate / 100 * self.squares[1].normalized(scale_gradient)
 
 
-class _Adam:
-    """arXiv 1412.6980, algorithm 1: the direction of a step."""
+class _MeanSquare:
+    """Adam's (arXiv 1412.6980, algorithm 1) running mean of squared gradients, started without bias."""
 
     def __init__(self, like: Tensor) -> None:
-        self.mean, self.square, self.count = torch.zeros_like(like), torch.zeros_like(like), 0
+        self.square, self.count = torch.zeros_like(like), 0
 
-    def direction(self, gradient: Tensor) -> Tensor:
+    def normalized(self, gradient: Tensor) -> Tensor:
+        """The gradient over its root mean square."""
         self.count += 1
-        self.mean.lerp_(gradient, 1 - MOMENTUM)
         self.square.lerp_(gradient.square(), 1 - DECAY)
-        root = (self.square / (1 - DECAY**self.count)).sqrt_().add_(FLOOR)
-        return self.mean / (1 - MOMENTUM**self.count) / root
+        return gradient / (self.square / (1 - DECAY**self.count)).sqrt_().add_(FLOOR)

@@ -119,13 +119,13 @@ class LayerState:
         return None if inputs is None else self.on_input_grid(inputs)
 
     def carried_inputs(self) -> Float[Tensor, "R K"] | None:
-        """The rows of `inputs` as they arrive when the layers before are quantized; None where they were not collected."""
+        """The rows of `inputs` as they arrive when the layers before are quantized; None where not collected."""
         if self.statistics is None or self.statistics.carried is None:
             return None
         return self.transform_inputs(self.statistics.carried.gemm(self.plan.segments))
 
     def on_input_grid(self, inputs: Float[Tensor, "R K"]) -> Float[Tensor, "R K"]:
-        """Transformed rows, one for each of the samples, on the grid of the activation range; as they are without one."""
+        """Transformed rows, one for each sample, on the grid of the activation range; as they are without one."""
         if self.range is None:
             return inputs
         step = self._input_steps(inputs)

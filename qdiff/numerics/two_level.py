@@ -2,9 +2,10 @@
 
     w[n, k] ~ scale[n] * m[n, k // g] * q[n, k]
 
-q is a signed 4-bit code in [-8, 7] (or narrower, for 2 and 3 bits), m a 4-bit integer in [1, 15] per group of g weights, scale a float32 per output
-channel. m * q fits int8 (|m * q| <= 120), so a product with int8 activations stays in integers until one scale an
-output channel. One scale a channel is the case m = 1; 8-bit weights always have that form.
+q is a signed 4-bit code in [-8, 7] (narrower for 2 and 3 bits), m a 4-bit integer in [1, 15] per group of g weights,
+scale a float32 per output channel. m * q fits int8 (|m * q| <= 120), so a product with int8 activations stays in
+integers until one scale an output channel. One scale a channel is the case m = 1; weights of 5 to 8 bits always have
+that form.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _CHUNK = 1 << 16
 
 
 def codes_of(bits: int) -> tuple[int, int]:
-    """The least and the largest code. 8-bit ones are symmetric, as activations are; below, one level more is worth having.
+    """The least and the largest code. 8-bit ones are symmetric, as activations are; below, one more level is worth it.
 
     Raises:
         ValueError: bits is outside 2 to 8.
@@ -92,7 +93,7 @@ def fit_two_level(
 
 
 def round_two_level(w: Tensor, scale: Tensor, multipliers: Tensor, group_size: int, bits: int = 4) -> Tensor:
-    """Nearest codes, half to even: w float [N, K], scale [N], multipliers [N, G] to q int8 [N, K], as `codes_of(bits)`."""
+    """Nearest codes in `codes_of(bits)`, half to even: w [N, K], scale [N], multipliers [N, G] to int8 [N, K]."""
     _check(w, group_size, None, bits, GROUP_BITS)
     low, high = codes_of(bits)
     q = torch.empty(w.shape, dtype=torch.int8, device=w.device)
@@ -245,9 +246,7 @@ def _row_chunks(w: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, w.shape[0], step))
 
 
-def _check(
-    w: Tensor, group_size: int, importance: Tensor | None, bits: int, known: tuple[int, ...] = ROW_BITS
-) -> None:
+def _check(w: Tensor, group_size: int, importance: Tensor | None, bits: int, known: tuple[int, ...] = ROW_BITS) -> None:
     if w.dim() != 2 or not w.is_floating_point() or group_size < 1 or w.shape[1] % group_size:
         raise ValueError(
             f"group_size: got {group_size} for w {w.dtype} {tuple(w.shape)}, expected a float [N, K] and a divisor of K"

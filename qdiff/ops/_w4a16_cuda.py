@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
+import struct
+from collections.abc import Callable
+from functools import partial, reduce
+from operator import or_
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qdiff.ops import _cupy
+from qdiff.ops._problem import addresses_of
+from qdiff.ops.checks import Checked
 from qdiff.ops.low_rank_down import low_rank_down
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -17,14 +22,18 @@ _MAX_ROWS = 16
 _BLOCK = 32
 _TILE = 16  # rows of W
 _STEP = 128  # of K; a tile's step is a warp's unit of work
-# (warps of a block, units that a warp has under way): the first that fits is taken.
-_CONFIGURATIONS = ((16, 4), (8, 4), (8, 2), (4, 2))
+# (warps of a block, units that a warp has under way): the first that fits is taken, of all but the first where a block
+# has few units.
+_CONFIGURATIONS = ((16, 3), (8, 4), (8, 2), (4, 2))
+_FEW = 16
+
+_POINTERS, _INTEGERS = struct.Struct("10Q"), struct.Struct("8i")
 
 
 class _Params(ctypes.Structure):
-    _pointers = ("x", "smooth", "codes", "multipliers", "codebook", "scale", "bias", "low", "up", "y")
-    _integers = ("rows", "n", "k", "rank", "block_rows", "bias_type", "low_type", "up_type")
-    _fields_ = [(name, ctypes.c_void_p) for name in _pointers] + [(name, ctypes.c_int) for name in _integers]
+    """The kernel's parameters: ten pointers, eight integers."""
+
+    _fields_ = [("data", ctypes.c_ubyte * (_POINTERS.size + _INTEGERS.size))]
 
 
 class _Plan(NamedTuple):
@@ -34,38 +43,22 @@ class _Plan(NamedTuple):
     threads: int
     shared_bytes: int
 
+    def launcher(self) -> Callable[[ctypes.Structure], None]:
+        kernel = _cupy.kernel("w4a16_linear", self.defines)
+        return partial(kernel.launch, (self.blocks, 1, 1), self.threads, self.shared_bytes)
 
-def takes(
-    x: Tensor,
-    smooth: Tensor | None,
-    codes: Tensor,
-    multipliers: Tensor | None,
-    codebook: Tensor | None,
-    scale: Tensor,
-    group_size: int,
-    bias: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-) -> bool:
-    """Whether `linear` can compute this: up to 16 rows that fit the shared memory, and K a multiple of 32.
 
-    More rows are better served by the platform's own matrix product.
-    """
-    k = x.shape[-1]
-    if not k or k % _BLOCK or not 0 < x.numel() <= _MAX_ROWS * k or not codes.shape[0]:
-        return False
-    if (multipliers is not None or codebook is not None) and group_size != _BLOCK:
-        return False
-    if x.dtype != torch.float16 and _cupy.capability(x.device) < (8, 0):
-        return False
-    operands = (smooth, codes, multipliers, codebook, scale)
-    if any(operand is not None and (operand.data_ptr() % 16 or not operand.is_contiguous()) for operand in operands):
-        return False
-    weight = _weight(multipliers, codebook)
-    return _plan(x.dtype, weight, x.numel() // k, codes.shape[0], k, *_limits(x.device)) is not None
+class _Ready(NamedTuple):
+    """What a call leaves for the next one of its kind."""
+
+    launch: Callable[[ctypes.Structure], None]
+    integers: bytes  # the tail of the kernel's parameters
+    shape: torch.Size
+    strides: tuple[int, ...]
 
 
 def linear(
+    known: Checked,
     x: Tensor,
     smooth: Tensor | None,
     codes: Tensor,
@@ -76,41 +69,71 @@ def linear(
     bias: Tensor | None,
     down: Tensor | None,
     up: Tensor | None,
-) -> Tensor:
-    """What `qdiff.ops.w4a16_linear` computes, on arguments that it has checked and that `takes` accepts.
+) -> Tensor | None:
+    """What `qdiff.ops.w4a16_linear` computes, on checked CUDA arguments; None for what this kernel does not take.
 
-    The weights stay integers; it is x * smooth that is rounded to x's dtype, not W * smooth: results agree with the
-    reference to that rounding. The low-rank branch's first half is a launch of its own.
+    It takes up to 16 rows that fit the shared memory, and K a multiple of 32: more rows are better served by the
+    platform's own matrix product. The weights stay integers; it is x * smooth that is rounded to x's dtype, not
+    W * smooth: results agree with the reference to that rounding. The low-rank branch's first half is a launch of its
+    own.
     """
-    n, k = codes.shape[0], x.shape[-1]
-    rows = x.numel() // k
+    weight = addresses_of((smooth, codes, multipliers, codebook, scale))
+    if reduce(or_, weight) % 16:
+        return None
+    if "ready" not in known.prepared:
+        known.prepared["ready"] = _prepare(x, smooth, codes, multipliers, codebook, scale, group_size, bias, up)
+    ready: _Ready | None = known.prepared["ready"]
+    if ready is None:
+        return None
     x = x.contiguous()
     if x.data_ptr() % 16:
         x = x.clone()
-    y = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
+    y = torch.empty_strided(ready.shape, ready.strides, dtype=x.dtype, device=x.device)
     low = None if down is None else low_rank_down(x, smooth, down)
     bias, up = (None if tensor is None else tensor.contiguous() for tensor in (bias, up))
-    tensors = (x, smooth, codes, multipliers, codebook, scale, bias, low, up, y)
-    types = (0 if tensor is None else _TYPES[tensor.dtype] for tensor in (bias, low, up))
-    plan = _plan(x.dtype, _weight(multipliers, codebook), rows, n, k, *_limits(x.device))
-    assert plan is not None
-    params = _Params(
-        *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
-        *(rows, n, k, 0 if up is None else up.shape[1], plan.block_rows),
-        *types,
-    )
-    _cupy.kernel("w4a16_linear", plan.defines).launch((plan.blocks, 1, 1), plan.threads, plan.shared_bytes, params)
+    places = _POINTERS.pack(x.data_ptr(), *weight, *addresses_of((bias, low, up, y)))
+    ready.launch(_Params.from_buffer_copy(places + ready.integers))
     return y
 
 
-@lru_cache(maxsize=4096)
+def _prepare(
+    x: Tensor,
+    smooth: Tensor | None,
+    codes: Tensor,
+    multipliers: Tensor | None,
+    codebook: Tensor | None,
+    scale: Tensor,
+    group_size: int,
+    bias: Tensor | None,
+    up: Tensor | None,
+) -> _Ready | None:
+    k, n = x.shape[-1], codes.shape[0]
+    if not k or k % _BLOCK or not 0 < x.numel() <= _MAX_ROWS * k or not n:
+        return None
+    if (multipliers is not None or codebook is not None) and group_size != _BLOCK:
+        return None
+    if x.dtype != torch.float16 and _cupy.capability(x.device) < (8, 0):
+        return None
+    if not all(part is None or part.is_contiguous() for part in (smooth, codes, multipliers, codebook, scale)):
+        return None
+    rows, weight = x.numel() // k, 4 if multipliers is not None else 5 if codebook is not None else 8
+    plan = _plan(x.dtype, weight, rows, n, k, _shared_limit(x.device), _cupy.multiprocessors(x.device))
+    if plan is None:
+        return None
+    # `low` has x's type.
+    types = (0 if bias is None else _TYPES[bias.dtype], _TYPES[x.dtype], 0 if up is None else _TYPES[up.dtype])
+    integers = _INTEGERS.pack(rows, n, k, 0 if up is None else up.shape[1], plan.block_rows, *types)
+    y = torch.empty((*x.shape[:-1], n), device="meta")
+    return _Ready(plan.launcher(), integers, y.shape, y.stride())
+
+
 def _plan(
     dtype: torch.dtype, weight: int, rows: int, n: int, k: int, shared_limit: int, multiprocessors: int
 ) -> _Plan | None:
     """One block a multiprocessor where its part of W fits the shared memory beside x; None where 16 rows do not."""
     computed = 8 if rows <= 8 else 16
     share = -(-n // multiprocessors)
-    few = -(-share // _TILE) * -(-k // _STEP) <= 8  # units, that 8 warps do at once
+    few = -(-share // _TILE) * -(-k // _STEP) <= _FEW
     for warps, stages in _CONFIGURATIONS[few:]:
         for block_rows in (-(-share // rounds) for rounds in range(1, -(-share // _TILE) + 1)):
             shared_bytes = _shared_bytes(dtype, weight, rows, k, block_rows, warps, stages)
@@ -133,15 +156,6 @@ def _shared_bytes(dtype: torch.dtype, weight: int, rows: int, k: int, block_rows
     beside = {4: -(-k // (2 * _BLOCK)), 5: 16, 8: 0}[weight]
     stage = 2048 if weight == 8 else 1024
     return x + warps * stages * stage + (warps + tiles) * rows * _TILE * 4 + tiles * _TILE * beside + 32
-
-
-def _weight(multipliers: Tensor | None, codebook: Tensor | None) -> int:
-    return 4 if multipliers is not None else 5 if codebook is not None else 8
-
-
-@lru_cache
-def _limits(device: torch.device) -> tuple[int, int]:
-    return _shared_limit(device), _cupy.multiprocessors(device)
 
 
 def _shared_limit(device: torch.device) -> int:

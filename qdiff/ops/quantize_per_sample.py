@@ -8,7 +8,17 @@ from torch import Tensor
 from qdiff.numerics.ranges import LEVELS
 from qdiff.ops import _quantize_cuda
 from qdiff.ops.backend import refuses_levels, runs_kernel
-from qdiff.ops.checks import FLOAT32, FLOATS, check_divides, check_levels, check_segments, check_tensor
+from qdiff.ops.checks import (
+    CHECKED,
+    FLOAT32,
+    FLOATS,
+    check_divides,
+    check_levels,
+    check_segments,
+    check_tensor,
+    kind_of_call,
+    remember,
+)
 from qdiff.ops.registry import operator
 from qdiff.ops.row_blocks import row_blocks
 
@@ -37,9 +47,9 @@ def quantize_per_sample(
 ) -> Tensor:
     """Quantize x * smooth to int8 with scales that were measured beforehand.
 
-    code = clamp(round(x * r), -levels, levels), half to even, with r[b, c] = smooth[c] / scale[b, segment of c] in float32:
-    values beyond the range saturate. It should be the case that |x * smooth - code * scale| <= scale / 2 (1 + 2^-14)
-    inside the range.
+    code = clamp(round(x * r), -levels, levels), half to even, with r[b, c] = smooth[c] / scale[b, segment of c] in
+    float32: values beyond the range saturate. It should be the case that |x * smooth - code * scale| <= scale / 2
+    (1 + 2^-14) inside the range.
 
     Args:
         x: float32, float16 or bfloat16 [B, ...], any strides.
@@ -52,10 +62,14 @@ def quantize_per_sample(
     Returns:
         codes int8 of x's shape; contiguous, in channels-last order when x is [B, C, H, W] with channel_dim 1.
     """
-    _check(x, scale, smooth, segments, channel_dim)
-    check_levels(levels)
+    kind = kind_of_call("quantize_per_sample", (x, scale, smooth), tuple(segments), channel_dim, levels)
+    known = CHECKED.get(kind)
+    if known is None:
+        _check(x, scale, smooth, segments, channel_dim)
+        check_levels(levels)
+        known = remember(kind)
     if runs_kernel("quantize_per_sample", x, refuses_levels(levels)):
-        return _quantize_cuda.quantize_per_sample(x, scale, smooth, segments, channel_dim)
+        return _quantize_cuda.quantize_per_sample(known, x, scale, smooth, segments, channel_dim)
     codes = _empty_codes(x, channel_dim)
     shape = [x.shape[0]] + [1] * (x.dim() - 1)
     shape[channel_dim] = x.shape[channel_dim]

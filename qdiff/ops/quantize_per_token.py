@@ -6,7 +6,7 @@ from torch import Tensor
 from qdiff.numerics.ranges import LEVELS
 from qdiff.ops import _quantize_cuda
 from qdiff.ops.backend import refuses_levels, runs_kernel
-from qdiff.ops.checks import FLOAT32, FLOATS, check_levels, check_tensor
+from qdiff.ops.checks import CHECKED, FLOAT32, FLOATS, check_levels, check_tensor, kind_of_call, remember
 from qdiff.ops.low_rank_down import check_down, project, rounded_down
 from qdiff.ops.registry import operator
 from qdiff.ops.row_blocks import row_blocks
@@ -15,9 +15,7 @@ from qdiff.ops.row_blocks import row_blocks
 _SMALLEST_ABSMAX = 1e-30
 
 
-def _fake(
-    x: Tensor, smooth: Tensor | None, down: Tensor | None, levels: int = LEVELS
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(x: Tensor, smooth: Tensor | None, down: Tensor | None, levels: int = LEVELS) -> tuple[Tensor, Tensor, Tensor]:
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     rank = 0 if down is None else down.shape[0]
@@ -32,8 +30,8 @@ def quantize_per_token(
 
     With v = x * smooth in float32 and a = max |v| over a row: scale = a / levels, code = round(v * (levels / a)), half
     to even. It should be the case that |v - code * scale| <= scale / 2 (1 + 2^-14), that a row's largest magnitude has
-    code +-levels, and that zeros have code 0. A row of zeros has scale 1. A row with NaN or infinity has a NaN or infinite
-    scale, so it stays visible in the product.
+    code +-levels, and that zeros have code 0. A row of zeros has scale 1. A row with NaN or infinity has a NaN or
+    infinite scale, so it stays visible in the product.
 
     Args:
         x: float32, float16 or bfloat16 [..., K], any strides.
@@ -45,10 +43,14 @@ def quantize_per_token(
         codes int8 [..., K] in [-levels, levels], contiguous; scale float32 [...]; low [..., r] in x's dtype, with r = 0
         without `down`.
     """
-    _check(x, smooth, down)
-    check_levels(levels)
+    kind = kind_of_call("quantize_per_token", (x, smooth, down), levels)
+    known = CHECKED.get(kind)
+    if known is None:
+        _check(x, smooth, down)
+        check_levels(levels)
+        known = remember(kind)
     if runs_kernel("quantize_per_token", x, refuses_levels(levels)):
-        return _quantize_cuda.quantize_per_token(x, smooth, down)
+        return _quantize_cuda.quantize_per_token(known, x, smooth, down)
     rows = x.reshape(-1, x.shape[-1])
     codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)

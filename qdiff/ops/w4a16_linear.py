@@ -7,7 +7,17 @@ from torch import Tensor
 from qdiff.numerics.packing import expand_weight
 from qdiff.ops import _w4a16_cuda
 from qdiff.ops.backend import runs_kernel
-from qdiff.ops.checks import FLOAT32, FLOATS, check_bias_and_dtype, check_int4_weight, check_int8_weight, check_tensor
+from qdiff.ops.checks import (
+    CHECKED,
+    FLOAT32,
+    FLOATS,
+    check_bias_and_dtype,
+    check_int4_weight,
+    check_int8_weight,
+    check_tensor,
+    kind_of_call,
+    remember,
+)
 from qdiff.ops.low_rank_down import check_down
 from qdiff.ops.registry import operator
 
@@ -56,13 +66,19 @@ def w4a16_linear(
     Returns:
         [..., N] in x's dtype.
     """
-    if x.dtype not in FLOATS or x.dim() < 1:
-        raise ValueError(f"x: got {x.dtype} {tuple(x.shape)}, expected a float tensor [..., K]")
     integers = (codes, multipliers, codebook, scale, group_size)
-    check_float_weight(smooth, *integers, down, up, x.shape[-1], x.device)
-    check_bias_and_dtype(bias, codes.shape[0], x.dtype, FLOATS, x.device)
-    if runs_kernel("w4a16_linear", x, None) and _w4a16_cuda.takes(x, smooth, *integers, bias, down, up):
-        return _w4a16_cuda.linear(x, smooth, *integers, bias, down, up)
+    kind = kind_of_call("w4a16_linear", (x, smooth, *integers[:-1], bias, down, up), group_size)
+    known = CHECKED.get(kind)
+    if known is None:
+        if x.dtype not in FLOATS or x.dim() < 1:
+            raise ValueError(f"x: got {x.dtype} {tuple(x.shape)}, expected a float tensor [..., K]")
+        check_float_weight(smooth, *integers, down, up, x.shape[-1], x.device)
+        check_bias_and_dtype(bias, codes.shape[0], x.dtype, FLOATS, x.device)
+        known = remember(kind)
+    if runs_kernel("w4a16_linear", x, None):
+        y = _w4a16_cuda.linear(known, x, smooth, *integers, bias, down, up)
+        if y is not None:
+            return y
     weight = float_weight(smooth, *integers, down, up)
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 

@@ -557,6 +557,9 @@ static inline unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(emulate::self->block << emulate::RANK_SHIFT) + emulate::SHARED_BASE + offset;
 }
 
+// The read is for an address that is no array's.
+static inline void prefetch_l2(const void* global) { static_cast<void>(*static_cast<const volatile char*>(global)); }
+
 static inline void cp_async_16(void* shared, const void* global, bool valid) {
     emulate::check_shared(shared, 16, "cp.async");
     if (reinterpret_cast<uintptr_t>(global) % 16) emulate::fail("cp.async: misaligned global address");

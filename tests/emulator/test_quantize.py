@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qdiff.ops import _cupy, _quantize_cuda, quantize_per_sample, quantize_per_token
+from qdiff.ops.checks import Checked
 
 # Each kernel variant costs two seconds of g++: the cases are chosen to need few.
 
@@ -28,7 +29,7 @@ def device(monkeypatch, load_kernel, guarded):
         launcher = getattr(_quantize_cuda, name)
 
         def with_guards(x, *rest, launcher=launcher):
-            return launcher(*(guarded(t) if isinstance(t, torch.Tensor) else t for t in (x, *rest)))
+            return launcher(Checked(None), *(guarded(t) if isinstance(t, torch.Tensor) else t for t in (x, *rest)))
 
         monkeypatch.setattr(_quantize_cuda, name, with_guards)
 
@@ -65,6 +66,8 @@ def assert_token_equal(x, smooth):
         ((7, 40), torch.float16),
         ((2, 150, 640), torch.float16),  # many rows: several chunks a thread
         ((6, 2568), torch.bfloat16),  # several warps a row
+        ((3, 5128), torch.float16),  # warps that are no power of two
+        ((5, 15360), torch.float16),
         ((33, 24), torch.float32),
         ((7, 33), torch.float16),  # value by value
         ((8, 1100), torch.float16),
@@ -74,6 +77,13 @@ def assert_token_equal(x, smooth):
 )
 def test_per_token(dtype, smoothed, shape):
     assert_token_equal(rows(shape, dtype), vector(shape[-1]) if smoothed else None)
+
+
+def test_a_multiprocessor_has_two_long_rows():
+    for k in (12288, 13824, 15360, 16384, 18432):
+        (_, _), (_, lanes), (_, vectors), (_, threads) = _quantize_cuda._token_plan(1, 4096, k, True, 132).defines
+        assert threads == lanes < k // 8 <= lanes * vectors
+        assert 2 * threads * (32 + 8 * vectors) <= 65536
 
 
 @pytest.mark.parametrize("magnitude", [1e-45, 1e-38, 1e-30, 1e-20, 3e38])
@@ -155,6 +165,7 @@ def assert_sample_equal(x, scale, smooth, segments, channel_dim):
         ((2, 112, 16, 9), torch.float32, (48, 64), 2),
         ((2, 320, 5, 5), torch.float16, (320,), 1),
         ((2, 33, 7, 3), torch.float16, (12, 21), 2),
+        ((2, 48, 4, 8), torch.float16, (20, 28), 1),  # chunks that a segment cuts
         ((2, 2560, 2, 4), torch.float16, (1280, 1280), 2),
         ((2, 4, 1, 1), torch.float16, (4,), 2),
         ((3, 1, 5, 6), torch.float16, (1,), 1),
@@ -195,3 +206,4 @@ def test_per_sample_saturates_and_takes_any_strides():
     assert_sample_equal(x[:, :, ::2], torch.full((1, 1), 1e-3), None, (16,), 1)
     assert_sample_equal(x[1:, 1:].contiguous()[:, :8], torch.full((5, 1), 1e-3), vector(8), (8,), 1)
     assert_sample_equal(x.flatten()[3:131].view(2, 64), torch.full((1, 1), 1e-3), None, (64,), 1)
+    assert_sample_equal(x, torch.full((1, 1), 1e-3), vector(17)[1:], (16,), 1)

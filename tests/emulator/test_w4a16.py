@@ -9,6 +9,7 @@ import torch
 
 from qdiff.numerics.packing import pack_int4, pack_multipliers
 from qdiff.ops import _cupy, _w4a16_cuda
+from qdiff.ops.checks import Checked
 
 SHARED_LIMIT = 227 << 10
 
@@ -54,8 +55,7 @@ def check(kind, dtype, rows, n, k, guarded):
         s, b = smooth if use_smooth else None, None if use_bias is None else guarded(bias.to(use_bias))
         branch = (down.to(dtype), guarded(up)) if use_branch else (None, None)
         args = (x, s, *stored, scale, 32, b, *branch)
-        assert _w4a16_cuda.takes(*args)
-        y = _w4a16_cuda.linear(*args)
+        y = _w4a16_cuda.linear(Checked(None), *args)
         assert y.shape == (*rows, n)
         assert y.dtype == dtype
 
@@ -77,6 +77,7 @@ def check(kind, dtype, rows, n, k, guarded):
     ("kind", "dtype", "rows", "n", "k"),
     [
         ("two-level", torch.float16, (1,), 40, 32),
+        ("two-level", torch.float16, (2,), 30, 1280),  # ten units for eight warps
         ("two-level", torch.float16, (2, 4), 200, 1280),  # five tiles a block, four units a warp
         ("two-level", torch.float16, (1,), 700, 352),  # a warp has parts of two tiles
         ("two-level", torch.float16, (2,), 900, 96),  # a warp has more than a tile
@@ -115,7 +116,8 @@ def test_what_it_does_not_take():
         codes = torch.zeros(8, k // 2, dtype=torch.uint8)
         multipliers = torch.zeros(8, (k // group_size + 1) // 2, dtype=torch.uint8)
         x = torch.zeros(rows, k, dtype=dtype)
-        return _w4a16_cuda.takes(x, None, codes, multipliers, None, torch.ones(8), group_size, None, None, None)
+        args = (x, None, codes, multipliers, None, torch.ones(8), group_size, None, None, None)
+        return _w4a16_cuda.linear(Checked(None), *args) is not None
 
     assert takes()
     assert takes(rows=16)

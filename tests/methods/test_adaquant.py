@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qdiff.calibration import Samples
-from qdiff.methods.adaquant import HELD_OUT, AdaQuant, _Adam, _Fit
+from qdiff.methods.adaquant import HELD_OUT, AdaQuant, _Fit, _MeanSquare
 from qdiff.methods.nearest import Nearest
 from qdiff.methods.quantize import prepare
 from qdiff.methods.weight_grid import WeightGrid
@@ -67,8 +67,8 @@ def test_gradient_is_autograds(linear):
     rows, wanted = torch.randn(9, 64, generator=generator), torch.randn(9, 48, generator=generator)
     seen = []
     fit = _Fit(weight, grid, shared_scale=False)
-    for adam in fit.adam:
-        adam.direction = lambda gradient: (seen.append(gradient), torch.zeros_like(gradient))[1]
+    for squares in fit.squares:
+        squares.normalized = lambda gradient: (seen.append(gradient), torch.zeros_like(gradient))[1]
     fit.step(rows, wanted, 0.1)
 
     levels = (weight / 0.005).requires_grad_()
@@ -83,14 +83,14 @@ def test_gradient_is_autograds(linear):
     torch.testing.assert_close(seen[1], growth.grad, rtol=1e-4, atol=1e-2)
 
 
-def test_adam_is_torchs():
+def test_steps_are_those_of_torchs_adam_without_momentum():
     generator = torch.Generator().manual_seed(0)
     value = torch.zeros(5, requires_grad=True)
-    reference = torch.optim.Adam([value], lr=0.1, betas=(0.9, 0.99), eps=1e-18)
-    mine, adam = torch.zeros(5), _Adam(torch.zeros(5))
+    reference = torch.optim.Adam([value], lr=0.1, betas=(0.0, 0.99), eps=1e-18)
+    mine, squares = torch.zeros(5), _MeanSquare(torch.zeros(5))
     for _ in range(7):
         value.grad = torch.randn(5, generator=generator)
-        mine -= 0.1 * adam.direction(value.grad)
+        mine -= 0.1 * squares.normalized(value.grad)
         reference.step()
     torch.testing.assert_close(mine, value.detach())
 

@@ -176,7 +176,7 @@ def test_one_scale(fit, bits):
 
 @pytest.mark.parametrize("bits", [2, 3])
 def test_fewer_bits_in_groups(bits):
-    """Codes keep to their range, and the fit is near the best free step of every group (here with multipliers of 1..15)."""
+    """Codes keep to their range, and the fit is near the best free step of every group (multipliers: 1 to 15)."""
     w = laplace(8, 128)
     scale, multipliers = fit_two_level(w, 32, bits=bits)
     q = round_two_level(w, scale, multipliers, 32, bits)
@@ -184,7 +184,9 @@ def test_fewer_bits_in_groups(bits):
     got = (dequantize_two_level(TwoLevelWeight(q, multipliers, scale)).double() - w.double()).square().sum()
     groups = w.double().view(8, 4, 32)
     errors = [
-        ((groups / (s * widest)).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * s * widest - groups).square().sum(-1)
+        ((groups / (s * widest)).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * s * widest - groups)
+        .square()
+        .sum(-1)
         for widest in [groups.abs().amax(-1, keepdim=True)]
         for s in torch.linspace(0.1, 1, 200, dtype=torch.double)
     ]

@@ -158,7 +158,7 @@ def calls(monkeypatch):
     kernels = {
         _gemm: {"linear": result, "conv2d": result},
         _quantize_cuda: {"quantize_per_token": (result, result, result), "quantize_per_sample": result},
-        _w4a16_cuda: {"takes": True, "linear": result},
+        _w4a16_cuda: {"linear": result},
     }
     for module, results in kernels.items():
         for name, value in results.items():
@@ -204,7 +204,6 @@ def test_what_the_other_kernels_are_given(calls):
     assert is_same(calls["quantize_per_sample"], [x, torch.ones(1, 1), smooth, [32], 1])
     packed = (x, smooth, *FOUR_BIT.values(), None, None)
     ops.w4a16_linear(*packed)
-    assert is_same(calls["takes"], packed)
     assert is_same(calls["linear"], packed)
 
 

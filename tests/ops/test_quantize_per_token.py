@@ -148,5 +148,5 @@ def test_wrong_arguments(x, smooth, down, named):
 
 @pytest.mark.parametrize("levels", [0, 128])
 def test_impossible_levels(levels):
-    with pytest.raises(ValueError, match="^levels: got"):
+    with pytest.raises(ValueError, match=r"^levels: got"):
         quantize_per_token(torch.zeros(2, 8), None, None, levels)

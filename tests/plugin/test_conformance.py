@@ -50,8 +50,8 @@ CASES: dict[str, dict[str, Any]] = {
     "gptq, a scale a channel": {"rounding": of("gptq"), "weight": CHANNEL},
     "gptq, 8 bits": {"rounding": of("gptq"), "weight": BYTE},
     "gptq, low rank": {"rounding": of("gptq"), **transform(of("smoothing"), of("low_rank", rank=8, min_gain=0.0))},
-    "adaround": {"rounding": of("adaround")},
-    "adaquant": {"rounding": of("adaquant")},
+    "adaround": {"rounding": of("adaround", iterations=20)},
+    "adaquant": {"rounding": of("adaquant", iterations=20)},
     "lq_nets": {"rounding": of("lq_nets")},
     "lloyd_max": {"rounding": of("lloyd_max")},
     "smoothing": transform(of("smoothing")),
@@ -70,9 +70,14 @@ CASES: dict[str, dict[str, Any]] = {
     "grouped": ranges(of("grouped"), 6),
     "tdq": ranges(of("tdq"), 6),
     **{f"static, {e}": ranges(of("static", estimator=e)) for e in ("minmax", "percentile", "ksigma", "kl")},
-    **{f"W{bits}": {"weight": WeightSpec(bits) if bits <= 4 else WeightSpec(bits, -1, "channel")} for bits in range(2, 8)},
+    **{
+        f"W{bits}": {"weight": WeightSpec(bits) if bits <= 4 else WeightSpec(bits, -1, "channel")}
+        for bits in range(2, 8)
+    },
     **{f"A{bits}": ranges(of("temporal"), bits) for bits in (4, 5, 7)},
     "A16": {"activation_bits": 16},
+    "first_token": transform(of("first_token")),
+    "log2 probabilities": {"probabilities": of("log2")},
 }
 
 

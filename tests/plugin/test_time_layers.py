@@ -55,7 +55,7 @@ def test_the_other_layers_are_not_touched(tiny_dit):
 
 def test_a_temporal_range_is_refused(tiny_sd):
     recipe = GPTQ.replace(activation_bits=8, linear_range=MethodSpec.of("temporal"), all_timesteps=TIME)
-    with pytest.raises(ValueError, match="time_embedding.linear_1: recipe.all_timesteps does not go with a temporal"):
+    with pytest.raises(ValueError, match=r"time_embedding.linear_1: recipe\.all_timesteps does not go with a temporal"):
         quantize_pipeline(tiny_sd(), recipe=recipe, calibration=Calibration(["cat"], steps=2), progress=False)
 
 
