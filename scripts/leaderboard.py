@@ -13,7 +13,7 @@ output error, replayed on the inputs of the full-precision trajectory (the figur
 the pictures. The rows are in `board/rows.py`; the peers, which must be installed beside qdiff (`pip install --no-deps
 sdnq==0.2.8 optimum-quanto==0.2.7`), in `board/peers.py`.
 
-Every unit (row, model, seed) is written to a line of `results.jsonl` as soon as it is measured. A run that was
+Every unit (row, model, seed) is written to a line of `leaderboard.jsonl` as soon as it is measured. A run that was
 killed goes on with `--resume`, which takes a unit's old line unless its recipe or the settings changed.
 """
 
@@ -58,7 +58,7 @@ def main() -> None:
     seeds = range(arguments.seeds)
     # Seed by seed, so that time running out costs repetitions and not rows.
     units = [Unit(model, seed, row) for seed in seeds for row in rows for model in arguments.models]
-    log = Log(arguments.work / "results.jsonl", settings, resume=arguments.resume)
+    log = Log(arguments.out / "leaderboard.jsonl", settings, resume=arguments.resume)
     missing = [unit for unit in units if not log.has(unit)]
     needed = dict.fromkeys((unit.model, unit.seed) for unit in missing)
     deadline = started + 60 * arguments.minutes
@@ -83,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--out", type=Path, default=Path("assets/benchmarks"))
-    parser.add_argument("--work", type=Path, default=Path("out/leaderboard"), help="results.jsonl, reference runs")
+    parser.add_argument("--work", type=Path, default=Path("out/leaderboard"), help="reference runs")
     parser.add_argument("--readme", type=Path, help=f"put the tables between the two markers {MARKER} of this file")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--sections", nargs="+", default=[*SECTIONS, PEERS], choices=[*SECTIONS, PEERS])

@@ -33,8 +33,9 @@ _LARGEST_M = (10.0, 12.0, 13.0, 13.5, 14.0, 14.5, 15.0, 15.5, 16.0, 16.5, 17.0, 
 # search's, at an eighth of its time.
 _QUICK_SHARES = (1.0, 0.93, 0.86, 0.79)
 _QUICK_LARGEST_M = (15.0,)
-# Weights worked on at once: a few float32 temporaries of this size stay in a core's cache.
-_CHUNK = 1 << 16
+# Weights worked on at once. On a CPU a few float32 temporaries of this size stay in a core's cache; an accelerator takes
+# longer to start an operation than to do it on so few.
+_CHUNK, _ACCELERATOR_CHUNK = 1 << 16, 1 << 23
 
 
 def codes_of(bits: int) -> tuple[int, int]:
@@ -242,7 +243,8 @@ def _min_max(groups: _Groups) -> tuple[Tensor, Tensor]:
 
 
 def _row_chunks(w: Tensor) -> Iterator[slice]:
-    step = max(1, _CHUNK // max(1, w.shape[1]))
+    chunk = _CHUNK if w.device.type == "cpu" else _ACCELERATOR_CHUNK
+    step = max(1, chunk // max(1, w.shape[1]))
     return (slice(start, start + step) for start in range(0, w.shape[0], step))
 
 

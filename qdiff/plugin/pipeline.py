@@ -87,12 +87,13 @@ def quantize_pipeline(
         timed = time_layers(recipe, plans)
         with CallRecorder(denoiser) if sequential or timed else nullcontext() as recorder:
             statistics = _calibrate(pipe, denoiser, plans, calibration, progress)
+        # Of the calibration that the caller chose, before some of it is replaced.
+        for shortage in shortages(plans, statistics):
+            warnings.warn(shortage, stacklevel=2)
         if recorder and timed:
             statistics = _with_all_timesteps(
                 pipe, denoiser, {name: plans[name] for name in timed}, statistics, recorder
             )
-        for shortage in shortages(plans, statistics):
-            warnings.warn(shortage, stacklevel=2)
         for name in [
             name for name, plan in plans.items() if plan.kind != "embedding" and name not in statistics.layers
         ]:
