@@ -66,9 +66,8 @@ def main() -> None:
     for batch in ([Unit(model, seed, None) for model, seed in needed], missing):
         undone = run_all(batch, settings, arguments.jobs, arguments.threads, deadline, log.add)
     labels = [row.label for row in everything]
-    report = report_of(
-        [log.lines[unit.key(settings)] for unit in units if log.has(unit)], about(arguments) | {"order": labels}
-    )
+    lines = [log.lines[unit.key(settings)] for unit in units if log.has(unit)]
+    report = report_of(lines, about(arguments, lines) | {"order": labels})
     report.write(arguments.out / "leaderboard.json")
     for model in arguments.models:
         if any(record.tags["model"] == model for record in report.records):
@@ -146,16 +145,20 @@ class Log:
             return
         key = unit.key(self.settings)
         tags = {"model": unit.model, "recipe": unit.row.label, "section": unit.row.section, "seed": unit.seed}
-        self.lines[key] = {"key": key, **tags, "baseline": unit.row.baseline, **outcome}
+        where = {"device": device_name(self.settings.device), "date": datetime.date.today().isoformat()}
+        self.lines[key] = {"key": key, **tags, **where, "baseline": unit.row.baseline, **outcome}
         with self.path.open("a") as file:
             file.write(json.dumps(self.lines[key]) + "\n")
         figures = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in outcome.items()}
         print(unit.model, unit.seed, unit.row.label, *(f"{k}={v}" for k, v in figures.items()), flush=True)
 
 
-def about(arguments: argparse.Namespace) -> dict[str, Any]:
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+
+
+def about(arguments: argparse.Namespace, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What a reader needs to measure the same again."""
-    cuda = arguments.device == "cuda"
     return {
         "pictures": arguments.count,
         "steps": arguments.steps,
@@ -164,10 +167,10 @@ def about(arguments: argparse.Namespace) -> dict[str, Any]:
         "seeds": arguments.seeds,
         "spread": "low and high are the smallest and the largest of the seeds, value is their median",
         "dtype": arguments.dtype,
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "device": ", ".join(sorted({line["device"] for line in lines})),
         "jobs": arguments.jobs,
         "peers": {peer.label: dataclasses.asdict(peer)["options"] for peer in all_peers()},
-        "date": datetime.date.today().isoformat(),
+        "date": max((line["date"] for line in lines), default=""),
     }
 
 

@@ -33,8 +33,8 @@ _LARGEST_M = (10.0, 12.0, 13.0, 13.5, 14.0, 14.5, 15.0, 15.5, 16.0, 16.5, 17.0, 
 # search's, at an eighth of its time.
 _QUICK_SHARES = (1.0, 0.93, 0.86, 0.79)
 _QUICK_LARGEST_M = (15.0,)
-# Weights worked on at once. On a CPU a few float32 temporaries of this size stay in a core's cache; an accelerator takes
-# longer to start an operation than to do it on so few.
+# Weights worked on at once. On a CPU a few float32 temporaries of this size stay in a core's cache; an accelerator
+# takes longer to start an operation than to do it on so few.
 _CHUNK, _ACCELERATOR_CHUNK = 1 << 16, 1 << 23
 
 
