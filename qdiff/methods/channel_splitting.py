@@ -66,7 +66,8 @@ class ChannelSplitting(Transform):
             state.smooth = share if smooth is None else smooth * share
             return
         plain = state.with_weight((copies * share).flatten(1), index=index, smooth=smooth)
-        steps = _steps(state.rounding.preview(plain))
+        # A row of zeros has a step of one, which stands for none.
+        steps = _steps(state.rounding.preview(plain)) * state.weight.any(1, keepdim=True)
         offset = (_rank_in_channel(index) - (parts[index] - 1) / 2) * share
         # The copies of a channel must share a step, or their sum is not the channel.
         steps = steps.unflatten(1, (state.taps, -1))

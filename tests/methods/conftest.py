@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.calibration import Statistics, collect
-from qdiff.recipe import LayerPlan, Recipe, WeightSpec
+from qdiff.methods import range_mode
+from qdiff.recipe import LayerPlan, MethodSpec, Recipe, WeightSpec
 
 TIMESTEPS = (100.0, 500.0, 900.0)
 
@@ -52,10 +53,12 @@ def statistics_of(
 
 
 def plan_of(layer: nn.Module, segments: tuple[int, ...] | None = None, **changes: object) -> LayerPlan:
-    """The default recipe's plan, without transforms, in groups of 16; `changes` are fields of a recipe."""
+    """The default recipe's plan, to nearest, in groups of 16; `changes` are fields of a recipe."""
     kind = {nn.Linear: "linear", nn.Conv2d: "conv2d", nn.Embedding: "embedding"}[type(layer)]
-    fields = {"transforms": (), "weight": WeightSpec(4, 16), "overrides": (), **changes}
-    return Recipe.preset("w4a8").replace(**fields).plan("layer", kind, segments or (layer.weight.shape[1],))
+    nearest = MethodSpec.of("nearest")
+    fields = {"rounding": nearest, "weight": WeightSpec(4, 16), "overrides": (), **changes}
+    recipe = Recipe.preset("w4a8").replace(**fields)
+    return recipe.plan("layer", kind, segments or (layer.weight.shape[1],), range_mode)
 
 
 @pytest.fixture
