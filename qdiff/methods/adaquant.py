@@ -11,7 +11,7 @@ from torch import Tensor
 from qdiff.methods.contract import RoundedWeight, Rounding
 from qdiff.methods.registry import register
 from qdiff.methods.state import LayerState
-from qdiff.methods.weight_grid import WeightGrid
+from qdiff.methods.weight_grid import WeightGrid, quick_nearest
 
 # Of the samples' rows: one in this many is not fitted to, and says which iteration was the best.
 HELD_OUT = 4
@@ -59,9 +59,7 @@ class AdaQuant(Rounding):
         return frozenset({"samples", "carried"} if self.sequential else {"samples"})
 
     def preview(self, state: LayerState) -> RoundedWeight:
-        """The nearest codes."""
-        grid = WeightGrid.fit(state.plan, state.weight, state.importance(), quick=True)
-        return grid.rounded(grid.nearest(state.weight))
+        return quick_nearest(state)
 
     def round(self, state: LayerState) -> RoundedWeight:
         grid = WeightGrid.fit(state.plan, state.weight, state.importance())

@@ -13,7 +13,7 @@ from torch import Tensor
 from qdiff.methods.contract import RoundedWeight, Rounding
 from qdiff.methods.registry import register
 from qdiff.methods.state import LayerState
-from qdiff.methods.weight_grid import WeightGrid
+from qdiff.methods.weight_grid import WeightGrid, quick_nearest
 
 # Of the rectified sigmoid (equation 23), and of the regularizer's annealing (equation 24).
 ZETA, GAMMA = 1.1, -0.1
@@ -74,9 +74,7 @@ class AdaRound(Rounding):
         return frozenset({"hessian", "samples"})
 
     def preview(self, state: LayerState) -> RoundedWeight:
-        """The nearest codes: which transform is best hardly depends on the rounding."""
-        grid = WeightGrid.fit(state.plan, state.weight, state.importance(), quick=True)
-        return grid.rounded(grid.nearest(state.weight))
+        return quick_nearest(state)
 
     def round(self, state: LayerState) -> RoundedWeight:
         hessian = state.hessian()

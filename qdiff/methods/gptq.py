@@ -12,7 +12,7 @@ from torch import Tensor
 from qdiff.methods.contract import RoundedWeight, Rounding
 from qdiff.methods.registry import register
 from qdiff.methods.state import LayerState
-from qdiff.methods.weight_grid import WeightGrid
+from qdiff.methods.weight_grid import WeightGrid, quick_nearest
 
 # Columns between two matrix products, of the paper's "lazy batch updates" (section 3.3, step 2).
 BLOCK = 128
@@ -57,9 +57,7 @@ class Gptq(Rounding):
         return frozenset({"hessian", "samples"})
 
     def preview(self, state: LayerState) -> RoundedWeight:
-        """The nearest codes: which transform is best hardly depends on the rounding."""
-        grid = WeightGrid.fit(state.plan, state.weight, state.importance(), quick=True)
-        return grid.rounded(grid.nearest(state.weight))
+        return quick_nearest(state)
 
     def round(self, state: LayerState) -> RoundedWeight:
         hessian = state.hessian()

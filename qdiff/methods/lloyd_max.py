@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qdiff.methods.contract import RoundedWeight, Rounding
+from qdiff.methods.learned_levels import LearnedLevels
 from qdiff.methods.registry import register
-from qdiff.methods.state import LayerState
-from qdiff.numerics.codebooks import SortedRows, check_levels, compensated_entries, nearest_entries, to_codebook
-from qdiff.recipe import LayerPlan
+from qdiff.numerics.codebooks import SortedRows
 
 # From the companded start the error is within 0.1 % of its limit after 30, on Gaussian and Laplace rows.
 ITERATIONS = 50
@@ -20,7 +19,7 @@ ITERATIONS = 50
 
 @register("lloyd_max")
 @dataclass(frozen=True)
-class LloydMax(Rounding):
+class LloydMax(LearnedLevels):
     """Every row has its own 2^bits levels, of least importance-weighted squared error.
 
     Lloyd (IEEE Trans. Information Theory 28, 1982, "Method I") and Max (IRE Trans. Information Theory 6, 1960,
@@ -36,41 +35,12 @@ class LloydMax(Rounding):
     feedback: codes are not each weight's nearest, but make up for one another's errors, as GPTQ's do.
     """
 
-    feedback: bool = False
+    name: ClassVar[str] = "lloyd_max"
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.feedback, bool):
-            raise ValueError(f"lloyd_max.feedback must be true or false: got {self.feedback!r}")
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"samples", "hessian"} if self.feedback else {"samples"})
-
-    def check(self, plan: LayerPlan) -> None:
-        check_levels("lloyd_max", plan)
-
-    def preview(self, state: LayerState) -> RoundedWeight:
-        """Without feedback."""
-        return LloydMax().round(state)
-
-    def round(self, state: LayerState) -> RoundedWeight:
-        rows = SortedRows.of(state.weight, state.importance())
-        levels = best_levels(rows, 2**state.plan.weight_bits)
-        codebook, scale = to_codebook(levels, rows.peaks)
-        entries = codebook[:, : levels.shape[1]]
-        hessian = state.hessian() if self.feedback else None
-        if hessian is None:
-            codes = nearest_entries(state.weight, entries, scale)
-        else:
-            codes = compensated_entries(state.weight, entries, scale, hessian, state.plan.name)
-        return RoundedWeight(codes, None, scale, codebook)
-
-
-def best_levels(rows: SortedRows, count: int) -> Float[Tensor, "N L"]:
-    """Levels in units of the rows' peaks, ascending."""
-    levels = rows.companded(count)
-    for _ in range(ITERATIONS):
-        weight, first, _ = rows.cells(levels)
-        means = first / weight.clamp_min(torch.finfo(weight.dtype).tiny)
-        levels = torch.where(weight > 0, means.float(), levels)  # a level without a cell stays where it is
-    return levels
+    def levels(self, rows: SortedRows, bits: int) -> Float[Tensor, "N L"]:
+        levels = rows.companded(2**bits)
+        for _ in range(ITERATIONS):
+            weight, first, _ = rows.cells(levels)
+            means = first / weight.clamp_min(torch.finfo(weight.dtype).tiny)
+            levels = torch.where(weight > 0, means.float(), levels)  # a level without a cell stays where it is
+        return levels

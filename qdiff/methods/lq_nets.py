@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qdiff.methods.contract import RoundedWeight, Rounding
+from qdiff.methods.learned_levels import LearnedLevels
 from qdiff.methods.registry import register
-from qdiff.methods.state import LayerState
-from qdiff.numerics.codebooks import SortedRows, check_levels, compensated_entries, nearest_entries, to_codebook
-from qdiff.recipe import LayerPlan
+from qdiff.numerics.codebooks import SortedRows
 
 # The alternation stops at the nearest local optimum, of which there are many: after a few iterations from this many
 # bases the best goes on. Twice as many take less than 2 % off the squared error, on layers of emoji-sd and emoji-dit;
@@ -26,7 +25,7 @@ RIDGE = 1e-6
 
 @register("lq_nets")
 @dataclass(frozen=True)
-class LQNets(Rounding):
+class LQNets(LearnedLevels):
     """Every row has a basis v in R^bits; its levels are v^T b for all b in {-1, 1}^bits.
 
     LQ-Nets (arXiv 1807.10029, section 3.2 and algorithm 1): min over v, B of ||B^T v - w||^2, by turns
@@ -40,51 +39,22 @@ class LQNets(Rounding):
     feedback: codes are not each weight's nearest, but make up for one another's errors, as GPTQ's do.
     """
 
-    feedback: bool = False
+    name: ClassVar[str] = "lq_nets"
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.feedback, bool):
-            raise ValueError(f"lq_nets.feedback must be true or false: got {self.feedback!r}")
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"samples", "hessian"} if self.feedback else {"samples"})
-
-    def check(self, plan: LayerPlan) -> None:
-        check_levels("lq_nets", plan)
-
-    def preview(self, state: LayerState) -> RoundedWeight:
-        """Without feedback."""
-        return LQNets().round(state)
-
-    def round(self, state: LayerState) -> RoundedWeight:
-        rows = SortedRows.of(state.weight, state.importance())
-        levels = best_levels(rows, state.plan.weight_bits)
-        codebook, scale = to_codebook(levels, rows.peaks)
-        entries = codebook[:, : levels.shape[1]]
-        hessian = state.hessian() if self.feedback else None
-        if hessian is None:
-            codes = nearest_entries(state.weight, entries, scale)
-        else:
-            codes = compensated_entries(state.weight, entries, scale, hessian, state.plan.name)
-        return RoundedWeight(codes, None, scale, codebook)
+    def levels(self, rows: SortedRows, bits: int) -> Float[Tensor, "N L"]:
+        codes = signs(bits, rows.values.device)
+        starts = torch.rand(STARTS, bits, generator=torch.Generator().manual_seed(0), dtype=codes.dtype)
+        trials = rows.rms()[:, None, None] * (LARGEST_START * starts).to(codes.device)
+        trials = alternated(rows, trials, codes, TRIAL_ITERATIONS)
+        best = rows.error(levels_of(trials, codes)).argmin(1)
+        chosen = trials[torch.arange(len(best), device=best.device), best]
+        return levels_of(alternated(rows, chosen, codes, ITERATIONS), codes)
 
 
 def signs(bits: int, device: torch.device) -> Float[Tensor, "L bits"]:
     """Every b in {-1, 1}^bits, counting up: bit i of the row's number."""
     numbers = torch.arange(2**bits, device=device)[:, None]
     return ((numbers >> torch.arange(bits, device=device) & 1) * 2 - 1).double()
-
-
-def best_levels(rows: SortedRows, bits: int) -> Float[Tensor, "N L"]:
-    """Levels in units of the rows' peaks, ascending."""
-    codes = signs(bits, rows.values.device)
-    starts = torch.rand(STARTS, bits, generator=torch.Generator().manual_seed(0), dtype=codes.dtype)
-    trials = rows.rms()[:, None, None] * (LARGEST_START * starts).to(codes.device)
-    trials = alternated(rows, trials, codes, TRIAL_ITERATIONS)
-    best = rows.error(levels_of(trials, codes)).argmin(1)
-    chosen = trials[torch.arange(len(best), device=best.device), best]
-    return levels_of(alternated(rows, chosen, codes, ITERATIONS), codes)
 
 
 def levels_of(basis: Float[Tensor, "*N bits"], codes: Float[Tensor, "L bits"]) -> Float[Tensor, "*N L"]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from qdiff.methods.contract import RoundedWeight, Rounding
 from qdiff.methods.registry import register
 from qdiff.methods.state import LayerState
-from qdiff.numerics.two_level import fit_channel, fit_tensor, fit_two_level, round_two_level
+from qdiff.methods.weight_grid import WeightGrid
 
 
 @register("nearest")
@@ -35,15 +35,6 @@ class Nearest(Rounding):
         return self._round(state, quick=True)
 
     def _round(self, state: LayerState, quick: bool) -> RoundedWeight:
-        plan, weight = state.plan, state.weight
         importance = state.importance() if self.search else None
-        if plan.stored_bits == 4 and plan.granularity == "group":
-            scale, multipliers = fit_two_level(
-                weight, plan.group_size, importance, self.search, quick, plan.weight_bits
-            )
-            codes = round_two_level(weight, scale, multipliers, plan.group_size, plan.weight_bits)
-            return RoundedWeight(codes, multipliers, scale)
-        fit = fit_tensor if plan.granularity == "tensor" else fit_channel
-        # 8 bits gain little from a search, and 46 trials of it are not for comparing candidates.
-        codes, multipliers, scale = fit(weight, plan.weight_bits, self.search and not quick, importance)
-        return RoundedWeight(codes, multipliers if plan.stored_bits == 4 else None, scale)
+        grid = WeightGrid.fit(state.plan, state.weight, importance, self.search, quick)
+        return grid.rounded(grid.nearest(state.weight))

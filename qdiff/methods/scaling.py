@@ -10,10 +10,18 @@ from torch import Tensor
 
 from qdiff.methods.state import LayerState
 
+SEARCH = "search"
 # Output rows that candidates are tried on: rows are alike.
 TRIAL_ROWS = 96
 # A channel is rescaled by at most this factor either way, lest a dead channel's noise set a weight group's range.
 MAX_FACTOR = 64.0
+
+
+def check_alpha(method: str, alpha: float | str) -> None:
+    """Raise `ValueError` for an exponent that is neither a number in [0, 1] nor to be searched."""
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 <= alpha <= 1
+    if alpha != SEARCH and not number:
+        raise ValueError(f"{method}.alpha must be a number in [0, 1] or {SEARCH!r}: got {alpha!r}")
 
 
 def largest_inputs(state: LayerState) -> Float[Tensor, " C"]:

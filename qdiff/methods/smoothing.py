@@ -7,10 +7,9 @@ from typing import ClassVar
 
 from qdiff.methods.contract import Transform
 from qdiff.methods.registry import register
-from qdiff.methods.scaling import best_scaled, factors, largest_inputs, scaled
+from qdiff.methods.scaling import SEARCH, best_scaled, check_alpha, factors, largest_inputs, scaled
 from qdiff.methods.state import LayerState
 
-SEARCH = "search"
 # (statistic, a, b) of the candidates. "absmax" with b = 1 - a is SmoothQuant's line, "rms" with b = 0 is AWQ's.
 GRID = (
     *(("absmax", a, 1 - a) for a in (0.35, 0.5, 0.65, 0.8)),
@@ -40,9 +39,7 @@ class Smoothing(Transform):
     min_gain: float = 0.03
 
     def __post_init__(self) -> None:
-        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool) and 0 <= self.alpha <= 1
-        if self.alpha != SEARCH and not number:
-            raise ValueError(f"smoothing.alpha must be a number in [0, 1] or {SEARCH!r}: got {self.alpha!r}")
+        check_alpha("smoothing", self.alpha)
         if not 0 <= self.min_gain < 1:
             raise ValueError(f"smoothing.min_gain must be in [0, 1): got {self.min_gain!r}")
 

@@ -7,10 +7,9 @@ from typing import ClassVar
 
 from qdiff.methods.contract import Transform
 from qdiff.methods.registry import register
-from qdiff.methods.scaling import best_scaled, factors, largest_inputs, scaled
+from qdiff.methods.scaling import SEARCH, best_scaled, check_alpha, factors, largest_inputs, scaled
 from qdiff.methods.state import LayerState
 
-SEARCH = "search"
 # The paper's figure 10 looks at 0.1 to 0.9: below 0.4 activations, above 0.6 weights are hard to quantize.
 ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -33,9 +32,7 @@ class SmoothQuant(Transform):
     alpha: float | str = 0.5
 
     def __post_init__(self) -> None:
-        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool) and 0 <= self.alpha <= 1
-        if self.alpha != SEARCH and not number:
-            raise ValueError(f"smoothquant.alpha must be a number in [0, 1] or {SEARCH!r}: got {self.alpha!r}")
+        check_alpha("smoothquant", self.alpha)
 
     @property
     def needs(self) -> frozenset[str]:

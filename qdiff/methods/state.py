@@ -35,7 +35,6 @@ class LayerState:
     weight:      float32 [N, K], what is left to round: of x_s, the low-rank branch taken off.
     taps:        kernel positions of a convolution; 1 otherwise.
     padded:      whether it is a convolution that pads its input with zeros.
-    padded:      whether it is a convolution that pads its input with zeros.
     statistics:  of the layer's *raw* input; None where it was not calibrated.
     rounding, range:  the methods that come after the transforms, so that a transform can try candidates with them.
     shift, index, smooth, rotation:  float32 [C], int64 [C'], float32 [C'] and int8 [b], or None; `weight` already

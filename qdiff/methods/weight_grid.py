@@ -10,6 +10,7 @@ from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 from qdiff.methods.contract import RoundedWeight
+from qdiff.methods.state import LayerState
 from qdiff.numerics.two_level import codes_of, fit_channel, fit_tensor, fit_two_level
 from qdiff.recipe import LayerPlan
 
@@ -62,3 +63,12 @@ class WeightGrid:
     def rounded(self, codes: Int8[Tensor, "N K"]) -> RoundedWeight:
         """Codes on this grid."""
         return RoundedWeight(codes, self.multipliers, self.scale)
+
+
+def quick_nearest(state: LayerState) -> RoundedWeight:
+    """The nearest codes, of a quick search: what costly roundings have transforms tried with.
+
+    Which transform is best hardly depends on the rounding.
+    """
+    grid = WeightGrid.fit(state.plan, state.weight, state.importance(), quick=True)
+    return grid.rounded(grid.nearest(state.weight))
