@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qdiff.calibration import Calibration
+    from qdiff.plugin.calibrate import calibrate
     from qdiff.plugin.checkpoint import load, save
     from qdiff.plugin.pipeline import quantize_pipeline
     from qdiff.plugin.summary import summary
     from qdiff.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Calibration", "Recipe", "__version__", "load", "quantize_pipeline", "save", "summary"]
+__all__ = ["Calibration", "Recipe", "__version__", "calibrate", "load", "quantize_pipeline", "save", "summary"]
 
 _HOME = {
     "Calibration": "qdiff.calibration",
     "Recipe": "qdiff.recipe",
+    "calibrate": "qdiff.plugin.calibrate",
     "load": "qdiff.plugin.checkpoint",
     "quantize_pipeline": "qdiff.plugin.pipeline",
     "save": "qdiff.plugin.checkpoint",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 if TYPE_CHECKING:
+    from qdiff.evaluation.prompts import Item
     from qdiff.recipe import Recipe
 
 # torch and diffusers take seconds to import, so each command imports what it needs, and `--help` answers at once.
@@ -97,6 +98,95 @@ def quantize(
 
 
 @app.command()
+def evaluate(
+    reference: Annotated[Path, typer.Argument(help="A pipeline's folder, a folder of pictures, or statistics (.npz).")],
+    candidates: Annotated[
+        list[str], typer.Argument(help="Folders of pipelines or pictures to compare with it: PATH, or NAME=PATH.")
+    ],
+    prompts: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A .txt, .csv or .jsonl file, or a built-in set; not needed between folders of pictures."),
+    ] = None,
+    metrics: Annotated[str, typer.Option(help="Names, separated by commas.")] = "psnr,ssim,fd-efficientnet-lite0",
+    out: Annotated[Path, typer.Option(help="Where pictures and reports go.")] = Path("out/evaluation"),
+    weights: Annotated[Optional[Path], typer.Option(help="A folder of the metrics' weights.")] = None,  # noqa: UP045
+    offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
+    steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 20,
+    guidance_scale: Annotated[Optional[float], typer.Option(help="The pipeline's own by default.")] = None,  # noqa: UP045
+    batch_size: Annotated[int, typer.Option(help="Pictures drawn at a time.", min=1)] = 8,
+    height: Annotated[Optional[int], typer.Option(help="In pixels; the pipeline's own by default.", min=1)] = None,  # noqa: UP045
+    width: Annotated[Optional[int], typer.Option(help="In pixels; the pipeline's own by default.", min=1)] = None,  # noqa: UP045
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16; see `evaluate`.")] = "auto",
+    limit: Annotated[Optional[int], typer.Option(help="Only so many of the prompts, the first.", min=1)] = None,  # noqa: UP045
+    costs: Annotated[bool, typer.Option(help="Measure time, memory and energy.")] = True,
+    assets: Annotated[Optional[Path], typer.Option(help="The assets folder, for built-in prompts.")] = None,  # noqa: UP045
+) -> None:
+    """Compare pipelines (or folders of pictures) with a reference: quality, time, memory and energy.
+
+    Killed and run again, it goes on where it was. `accelerate launch -m qdiff.cli evaluate ...` shares the work.
+    """
+    with plain_errors():
+        named = candidate_names(candidates)
+
+        from qdiff.evaluation import markdown
+        from qdiff.evaluation.evaluate import evaluate as run
+        from qdiff.evaluation.processes import this_process
+
+        items = prompt_items(prompts, assets or assets_dir(), limit)
+        processes = this_process()
+        report = run(
+            reference,
+            named,
+            items,
+            [name.strip() for name in metrics.split(",") if name.strip()],
+            out=out,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            batch_size=batch_size,
+            height=height,
+            width=width,
+            dtype=dtype,
+            weights=weights,
+            offline=offline,
+            costs=costs,
+            accelerator=processes,
+        )
+        if processes.is_main_process:
+            typer.echo(markdown.markdown(report))
+            typer.echo(f"Look at the pictures: {out / 'report.html'}")
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder that `qdiff quantize` or `qdiff.save` wrote.")],
+    device: Annotated[
+        str, typer.Option(help="What the CPU reference is compared with; cpu: its integer sums with exact ones.")
+    ] = "cuda",
+    seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
+) -> None:
+    """Run every quantized layer on the CPU and on a GPU, and say where they differ first.
+
+    Exit status: 0 all the same, 1 a difference or an error, 2 no such device.
+    """
+    with plain_errors():
+        check_pipeline_folder(checkpoint)
+
+        import torch
+
+        import qdiff
+        from qdiff.plugin.verify import report_lines, verify
+
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            typer.echo("error: no CUDA device; --device cpu checks the CPU's integer sums against exact ones", err=True)
+            raise typer.Exit(2)
+        checks = list(verify(qdiff.load(checkpoint), device, seed))
+        for line in report_lines(checks):
+            typer.echo(line)
+        if any(check.difference for check in checks):
+            raise typer.Exit(1)
+
+
+@app.command()
 def summary(pipeline: PipelineArgument) -> None:
     """Say what was done to each layer of a pipeline, bytes before and after, and why a layer was kept."""
     with plain_errors():
@@ -132,6 +222,30 @@ def read_prompts(path: Path) -> list[str | int]:
     return [int(line) if line.isdecimal() else line for line in lines if line]
 
 
+def candidate_names(given: list[str]) -> dict[str, Path]:
+    """Return the folders by their names: NAME=PATH, or else the folder's own name."""
+    named: dict[str, Path] = {}
+    for text in given:
+        name, separator, path = text.rpartition("=")
+        folder = Path(path)
+        name = name if separator else folder.resolve().name
+        if name in named:
+            raise ValueError(f"two candidates are called {name!r}; write NAME={text} to tell them apart")
+        named[name] = folder
+    return named
+
+
+def prompt_items(given: str | None, assets: Path, limit: int | None) -> Sequence[Item] | None:
+    """Return the items of a prompt file or of a built-in set, the first `limit` of them."""
+    from qdiff.evaluation import prompts
+    from qdiff.evaluation.builtin_prompts import builtin_prompts
+
+    if given is None:
+        return None
+    is_file = Path(given).suffix != "" or Path(given).exists()
+    return (prompts.read_prompts(given) if is_file else builtin_prompts(given, assets))[:limit]
+
+
 def check_pipeline_folder(path: Path) -> None:
     """Raise FileNotFoundError unless `path` holds a pipeline."""
     if not (path / "model_index.json").is_file():
@@ -142,3 +256,7 @@ def assets_dir() -> Path:
     """Return the checkout's assets folder: beside the package, or in the current folder."""
     beside = Path(__file__).resolve().parents[1] / "assets"
     return beside if beside.is_dir() else Path("assets")
+
+
+if __name__ == "__main__":
+    main()

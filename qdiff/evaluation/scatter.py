@@ -4,107 +4,135 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 
-from qdiff.evaluation.chart import COLOURS
+from qdiff.evaluation.svg import (
+    CHARACTER,
+    QUIET,
+    colour_index,
+    coloured,
+    document,
+    mark,
+    name_text,
+    name_width,
+    round_ticks,
+    rule,
+    spread,
+    text,
+)
 
-WIDTH = 760
-LEFT, RIGHT, TOP, BOTTOM = 62, 250, 62, 52
-LINE = 14  # pixels that a name takes
-RADIUS = 4
+LEFT, TOP, BOTTOM = 58, 40, 48
+LEGEND = 24  # pixels that the names of the groups take
+LINE = 15  # pixels that a name takes
+SMALL = 8  # so many points fit a chart that is as small as the others of a page
+GAP = 18  # between the plot and the column of names
 
 Point = tuple[str, float, float]
 
 
-def scatter_chart(groups: Mapping[str, Sequence[Point]], *, title: str, x_label: str, y_label: str) -> str:
+def scatter_chart(
+    groups: Mapping[str, Sequence[Point]],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    names: Sequence[str] = (),
+    intervals: Mapping[str, tuple[float, float]] | None = None,
+    lower_is_better: bool = False,
+    front: bool = False,
+    reference: tuple[str, float] | None = None,
+) -> str:
     """Return an SVG of (name, x, y) points, a colour a group, names in a column on the right, in the order of y.
 
-    Neither axis starts at zero: both cover the points. Text takes the page's colour.
+    Better is always up: where a lower y is better, the axis is turned. Neither axis starts at zero: both cover the
+    points. Text takes the page's colour.
+
+    names: of all groups of a page, so that each has the same colour in every chart; those of `groups` when empty.
+    intervals: (low, high) of y by the point's name, drawn as a whisker.  front: draw the Pareto front, the points that
+    no other one beats in both a lower x and a better y.  reference: a name and its x, drawn as a vertical line.
 
     Raises:
         ValueError: no point, or one that is not finite.
     """
-    points = [(*point, colour) for (_, group), colour in zip(groups.items(), _colours(groups)) for point in group]
+    groups = {name: group for name, group in groups.items() if group}
+    points = [(*point, group) for group, members in groups.items() for point in members]
     if not points or not all(math.isfinite(value) for _, x, y, _ in points for value in (x, y)):
         raise ValueError(f"points must be one or more, all finite: got {[point[:3] for point in points]}")
-    height = TOP + BOTTOM + max(300, LINE * len(points))
-    x_ticks, y_ticks = _ticks([x for _, x, _, _ in points]), _ticks([y for _, _, y, _ in points])
+    names, intervals = names or list(groups), intervals or {}
+    small = len(points) <= SMALL
+    legend = any([name for name, _, _ in members] != [group] for group, members in groups.items())
+    top, width = TOP + LEGEND * legend, 280 if small else 448
+    bottom = top + max(200 if small else 300, LINE * len(points))
+    x_ticks = round_ticks(*_extent([x for _, x, _, _ in points] + ([reference[1]] if reference else [])))
+    y_ticks = round_ticks(*_extent([y for _, _, y, _ in points] + [end for ends in intervals.values() for end in ends]))
+    worst, best = (y_ticks[-1], y_ticks[0]) if lower_is_better else (y_ticks[0], y_ticks[-1])
 
     def across(x: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        return LEFT + width * (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
 
     def up(y: float) -> float:
-        return height - BOTTOM - (height - TOP - BOTTOM) * (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return bottom - (bottom - top) * (y - worst) / (best - worst)
 
-    parts = [_text(LEFT, 22, title, 'font-size="15" font-weight="600"'), _legend(groups)]
+    parts = [_legend(groups, names)] if legend else []
     for tick in y_ticks:
-        parts.append(_rule(LEFT, WIDTH - RIGHT, up(tick), up(tick)))
-        parts.append(_text(LEFT - 10, up(tick) + 4, f"{tick:g}", 'text-anchor="end" fill-opacity="0.75"'))
+        parts += [rule(LEFT, up(tick), LEFT + width, up(tick)), _quiet(LEFT - 8, up(tick) + 4, f"{tick:g}", "end")]
     for tick in x_ticks:
-        parts.append(_rule(across(tick), across(tick), TOP, height - BOTTOM))
-        parts.append(_text(across(tick), height - BOTTOM + 20, f"{tick:g}", 'text-anchor="middle" fill-opacity="0.75"'))
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(_text(middle, height - 10, x_label, 'text-anchor="middle" fill-opacity="0.75"'))
-    turned = f'transform="rotate(-90 18 {height / 2:.1f})" text-anchor="middle" fill-opacity="0.75"'
-    parts.append(_text(18, height / 2, y_label, turned))
-    points.sort(key=lambda point: -point[2])
-    rows = spread([up(y) for _, _, y, _ in points], LINE, TOP, height - BOTTOM)
-    for (name, x, y, colour), row in zip(points, rows):
-        column, coloured = WIDTH - RIGHT + 14, f'fill="{colour}"'
+        parts += [rule(across(tick), top, across(tick), bottom), _quiet(across(tick), bottom + 18, f"{tick:g}")]
+    parts.append(_quiet(LEFT + width / 2, bottom + BOTTOM - 10, x_label))
+    parts.append(_quiet(12, (top + bottom) / 2, y_label, attributes=f'transform="rotate(-90 12 {(top + bottom) / 2})"'))
+    if reference:
+        parts.append(rule(across(reference[1]), top, across(reference[1]), bottom, opacity=0.7, dashes="5 4"))
+        # On the side that has room.
+        side = 5 if across(reference[1]) < LEFT + width / 2 else -5
+        parts.append(_quiet(across(reference[1]) + side, bottom - 6, reference[0], "start" if side > 0 else "end"))
+    if front:
+        staircase = pareto_front([point[:3] for point in points], lower_is_better=lower_is_better)
+        parts.append(_staircase([(across(x), up(y)) for _, x, y in staircase], LEFT + width))
+    for (name, x, y, group), row in zip(points, spread([up(point[2]) for point in points], LINE, top, bottom)):
+        index = colour_index(group, names)
+        low, high = (up(end) for end in intervals.get(name, (y, y)))
+        whisker = f'<path d="M{across(x):.1f},{low:.1f}V{high:.1f}" stroke="currentColor" stroke-width="2"/>'
+        leader = f"M{across(x):.1f},{up(y):.1f}L{LEFT + width + GAP - 4},{row:.1f}"
+        sign = mark(index, across(x), up(y), f"{name}: {x:.3g}, {y:.4g}")
         parts.append(
-            f'<line x1="{across(x):.1f}" y1="{up(y):.1f}" x2="{column}" y2="{row:.1f}" stroke="{colour}" '
-            f'stroke-opacity="0.35"/><circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="{RADIUS}" fill="{colour}">'
-            f"<title>{escape(name)}: {x:.3g}, {y:.4g}</title></circle>"
-            f"{_text(column + 4, row + 4, name, coloured)}"
+            coloured(index, [f'<path d="{leader}" stroke="currentColor" stroke-opacity="0.35"/>', whisker, sign])
         )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
-        f'aria-label="{escape(title)}" font-family="system-ui, sans-serif" font-size="12" fill="currentColor">'
-        f"{''.join(parts)}</svg>"
-    )
+        parts.append(name_text(LEFT + width + GAP, row + 4, name))
+    return document(LEFT + width + GAP + 6 + name_width([point[0] for point in points]), bottom + BOTTOM, title, parts)
 
 
-def spread(heights: Sequence[float], gap: float, top: float, bottom: float) -> list[float]:
-    """Move ascending heights apart until neighbours are `gap` away, between top and bottom where there is room."""
-    placed: list[float] = []
-    for height in heights:
-        placed.append(max(height, placed[-1] + gap) if placed else max(height, top))
-    limit = bottom
-    for index in range(len(placed) - 1, -1, -1):
-        placed[index] = min(placed[index], limit)
-        limit = placed[index] - gap
-    return placed
+def pareto_front(points: Sequence[Point], *, lower_is_better: bool = False) -> list[Point]:
+    """Return the (name, x, y) points that no other beats, in the order of x: lower x is better, and higher y.
+
+    lower_is_better: of y. Of points that are equal in both, the first is returned.
+    """
+    sign = 1 if lower_is_better else -1
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point[1], sign * point[2])):
+        if not front or sign * point[2] < sign * front[-1][2]:
+            front.append(point)
+    return front
 
 
-def _ticks(values: Sequence[float]) -> list[float]:
-    """Round numbers from below the smallest value to above the largest."""
-    low, high = min(values), max(values)
-    largest = max(abs(low), abs(high))
-    span = high - low
-    if span <= 1e-6 * max(largest, 1.0):  # all as good as equal: what a tick's label could not tell apart
-        span = max(largest, 1.0)
-    power = 10.0 ** math.floor(math.log10(span / 4))
-    step = min((power * factor for factor in (1, 2, 5, 10)), key=lambda size: abs(span / size - 5))
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(step * index, 12) for index in range(first, max(last, first + 1) + 1)]
+def _extent(values: Sequence[float]) -> tuple[float, float]:
+    finite = [value for value in values if math.isfinite(value)]
+    return min(finite), max(finite)
 
 
-def _colours(groups: Mapping[str, Sequence[Point]]) -> list[str]:
-    return [COLOURS[index % len(COLOURS)] for index in range(len(groups))]
+def _staircase(points: Sequence[tuple[float, float]], right: float) -> str:
+    """The best that can be had at each x, from left to right."""
+    (x, y), *rest = points
+    path = f"M{x:.1f},{y:.1f}" + "".join(f"H{x:.1f}V{y:.1f}" for x, y in rest) + f"H{right:.1f}"
+    return f'<path class="front" d="{path}" fill="none" stroke="currentColor" stroke-opacity="0.5" stroke-width="1.5"/>'
 
 
-def _legend(groups: Mapping[str, Sequence[Point]]) -> str:
-    parts, x = [], LEFT
-    for name, colour in zip(groups, _colours(groups)):
-        parts.append(f'<circle cx="{x + RADIUS}" cy="40" r="{RADIUS}" fill="{colour}"/>{_text(x + 14, 44, name, "")}')
-        x += 30 + 7 * len(name)
+def _legend(groups: Mapping[str, Sequence[Point]], names: Sequence[str]) -> str:
+    parts, x = [], float(LEFT)
+    for name in groups:
+        index = colour_index(name, names)
+        parts += [coloured(index, [mark(index, x + 4, TOP)]), text(x + 14, TOP + 4, name)]
+        x += 30 + CHARACTER * len(name)
     return "".join(parts)
 
 
-def _text(x: float, y: float, text: str, attributes: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" {attributes}>{escape(text)}</text>'
-
-
-def _rule(x1: float, x2: float, y1: float, y2: float) -> str:
-    line = f'x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"'
-    return f'<line {line} stroke="currentColor" stroke-opacity="0.15"/>'
+def _quiet(x: float, y: float, words: str, anchor: str = "middle", attributes: str = "") -> str:
+    return text(x, y, words, f'text-anchor="{anchor}" {QUIET} {attributes}')

@@ -40,7 +40,7 @@ class Trajectory:
         """Bytes of all recorded tensors."""
         tensors: list[Tensor] = []
         for call in self.calls:
-            _map_tensors(tensors.append, (call.args, dict(call.kwargs), call.output))
+            map_tensors(tensors.append, (call.args, dict(call.kwargs), call.output))
         return sum(tensor.nbytes for tensor in tensors)
 
 
@@ -57,9 +57,9 @@ def record_denoiser(denoiser: nn.Module, rows: Sequence[int] | None = None) -> I
     trajectory = Trajectory()
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        tensor = _output_tensor(output)
+        tensor = output_tensor(output)
         keep = _row_keeper(len(tensor), rows)
-        trajectory.calls.append(DenoiserCall(_map_tensors(keep, args), _map_tensors(keep, kwargs), keep(tensor)))
+        trajectory.calls.append(DenoiserCall(map_tensors(keep, args), map_tensors(keep, kwargs), keep(tensor)))
 
     handle = denoiser.register_forward_hook(hook, with_kwargs=True)
     try:
@@ -94,8 +94,8 @@ def relative_error(trajectory: Trajectory, denoiser: Callable[..., Any]) -> Traj
     device = _device_of(denoiser)
     errors, norms = [], []
     for call in trajectory.calls:
-        args, kwargs = _map_tensors(lambda tensor: tensor.to(device), (call.args, dict(call.kwargs)))
-        output = _output_tensor(denoiser(*args, **kwargs)).cpu()
+        args, kwargs = map_tensors(lambda tensor: tensor.to(device), (call.args, dict(call.kwargs)))
+        output = output_tensor(denoiser(*args, **kwargs)).cpu()
         if output.shape != call.output.shape:
             raise ValueError(
                 f"denoiser must return the recorded shape {tuple(call.output.shape)}: got {tuple(output.shape)}"
@@ -168,18 +168,18 @@ def _row_keeper(batch: int, rows: Sequence[int] | None) -> Callable[[Tensor], Te
     return keep
 
 
-def _map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     """Apply `function` to every tensor in nested tuples, lists and dicts; anything else stays itself."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, tuple | list):
-        return type(value)(_map_tensors(function, item) for item in value)
+        return type(value)(map_tensors(function, item) for item in value)
     if isinstance(value, dict):
-        return {key: _map_tensors(function, item) for key, item in value.items()}
+        return {key: map_tensors(function, item) for key, item in value.items()}
     return value
 
 
-def _output_tensor(output: Any) -> Tensor:
+def output_tensor(output: Any) -> Tensor:
     tensor = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
     if not isinstance(tensor, Tensor):
         raise ValueError(f"a denoiser must return a tensor, a tuple or an output with .sample: got {type(output)}")

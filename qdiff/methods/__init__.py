@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 
 from qdiff.methods.contract import ActivationRange, Method, RoundedWeight, Rounding, Transform, Tuner
-from qdiff.methods.quantize import quantize_layer
+from qdiff.methods.quantize import Draft, draft_layer, quantize_layer
 from qdiff.methods.registry import REGISTRY, needs_of, range_mode, register, resolve
 from qdiff.methods.state import LayerState, LowRankBranch
 
@@ -14,6 +14,7 @@ for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
 __all__ = [
     "REGISTRY",
     "ActivationRange",
+    "Draft",
     "LayerState",
     "LowRankBranch",
     "Method",
@@ -21,6 +22,7 @@ __all__ = [
     "Rounding",
     "Transform",
     "Tuner",
+    "draft_layer",
     "needs_of",
     "quantize_layer",
     "range_mode",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +13,10 @@ from qdiff.methods.contract import RoundedWeight, Rounding
 from qdiff.methods.registry import register
 from qdiff.methods.state import LayerState
 from qdiff.methods.weight_grid import WeightGrid, quick_nearest
+from qdiff.numerics.soft_rounding import SoftRounding
 
-# Of the rectified sigmoid (equation 23), and of the regularizer's annealing (equation 24).
-ZETA, GAMMA = 1.1, -0.1
-BETA_START, BETA_END = 20.0, 2.0
-# Adam's. Its steps are the same for every scale of the loss.
-LEARNING_RATE = 0.1
-MEAN_DECAY, SQUARE_DECAY = 0.9, 0.999
+# Adam's, of V.
+LEARNING_RATE = 0.2
 
 
 @register("adaround")
@@ -40,30 +36,39 @@ class AdaRound(Rounding):
     timestep counting alike, and the error of quantized activations independent of the input, of variance D,
     E ||W x - W~ x^||^2 = tr(W H W^T - 2 W H W~^T + W~ (H + D) W~^T). So a few hundred full steps of Adam do. H is
     shrunk towards its diagonal. The loss of a row is relative to that of its nearest codes, which are kept where they
-    are the better; the layer's activation function is not looked at.
+    are the better; in the end each row's scale is fitted by least squares; the layer's activation function is not
+    looked at.
 
-    BRECQ (arXiv 2102.05426) reconstructs the output of a block of layers at once, errors weighted by squared gradients.
-    A method sees one layer here, and there a fixed weight for each output changes nothing: rows of W~ do not share a
-    term, so that each row's optimum is the same for every weight. Only gradients sample by sample would change it.
+    Error of a layer's output over that of nearest, on captions and classes that calibration did not see, W4A8: FIGURES.
+
+    block_iterations learns further, for the output of whole blocks of layers at once, errors weighted by squared
+    gradients: BRECQ (arXiv 2102.05426), see `qdiff.plugin.block_rounding`. Within one layer such weights would change
+    nothing: rows of W~ do not share a term.
 
     iterations:      steps of Adam.
     regularization:  lambda, over the mean share of a weight in the loss of nearest codes.
     warm_start:      fraction of the steps before f counts.
     shrinkage:       share of H's off-diagonal part that is not believed: inputs of few prompts are correlated in ways
                      that those of others are not.
+    block_iterations:  steps of Adam for a block; 0: none. More need "carried" of calibration: blocks come one after
+                     the other.
     Law: without statistics the codes are the nearest; a row's loss is never above that of its nearest codes.
     """
 
     iterations: int = 300
-    regularization: float = 10.0
+    regularization: float = 30.0
     warm_start: float = 0.2
     shrinkage: float = 0.2
+    block_iterations: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
             raise ValueError(f"adaround.iterations must be a whole number of at least 1: got {self.iterations!r}")
         if isinstance(self.regularization, bool) or not 0 < self.regularization < math.inf:
             raise ValueError(f"adaround.regularization must be a positive number: got {self.regularization!r}")
+        steps = self.block_iterations
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"adaround.block_iterations must be a whole number, 0 or more: got {steps!r}")
         for name in ("warm_start", "shrinkage"):
             value = getattr(self, name)
             if isinstance(value, bool) or not 0 <= value < 1:
@@ -71,7 +76,11 @@ class AdaRound(Rounding):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"hessian", "samples"})
+        return frozenset({"hessian", "samples", "carried"} if self.block_iterations else {"hessian", "samples"})
+
+    @property
+    def block_steps(self) -> int:
+        return self.block_iterations
 
     def preview(self, state: LayerState) -> RoundedWeight:
         return quick_nearest(state)
@@ -82,44 +91,29 @@ class AdaRound(Rounding):
         nearest = grid.nearest(state.weight)
         if hessian is None:
             return grid.rounded(nearest)
-        _warn_of_few_rows(state)
         loss = OutputLoss.of(state, hessian.lerp(hessian.diagonal().diag(), self.shrinkage))
         steps = grid.steps(state.weight.shape[1])
         learned = self._learned_codes(loss, steps, nearest.float(), grid)
         better = loss(learned * steps) < loss(nearest * steps)
-        return grid.rounded(torch.where(better[:, None], learned.to(torch.int8), nearest))
+        codes = torch.where(better[:, None], learned.to(torch.int8), nearest)
+        if state.plan.granularity != "tensor":
+            grid = grid.rescaled(loss.ratios(codes * steps))
+        return grid.rounded(codes)
 
     def _learned_codes(
         self, loss: OutputLoss, steps: Float[Tensor, "N K"], nearest: Float[Tensor, "N K"], grid: WeightGrid
     ) -> Float[Tensor, "N K"]:
         ratio = loss.weight / steps
         floor = ratio.floor()
-        # h(V) = the fraction that floor left: the weight as it is.
-        v = ((ratio - floor - GAMMA) / (ZETA - GAMMA)).logit_()
+        # At first, the fraction that floor left: the weight as it is.
+        rounding = SoftRounding(ratio - floor, self.iterations, self.regularization, self.warm_start, LEARNING_RATE)
         per_weight = steps / loss.share(nearest * steps)
-        mean, square = torch.zeros_like(v), torch.zeros_like(v)
-        for step in range(1, self.iterations + 1):
-            sigmoid = v.sigmoid()
-            h = (sigmoid * (ZETA - GAMMA) + GAMMA).clamp_(0, 1)
-            codes = floor + h
+        for _ in range(self.iterations):
+            codes = floor + rounding.h
             inside = (codes >= grid.low) & (codes <= grid.high)
-            slope = loss.gradient(codes.clamp_(grid.low, grid.high) * steps).mul_(per_weight).mul_(inside)
-            slope.add_(self._pull(h, step))
-            slope.mul_((h > 0) & (h < 1)).mul_(sigmoid).mul_(1 - sigmoid)  # of h; a constant factor is nothing to Adam
-            mean.lerp_(slope, 1 - MEAN_DECAY)
-            square.lerp_(slope.square_(), 1 - SQUARE_DECAY)
-            root = (square / (1 - SQUARE_DECAY**step)).sqrt_().add_(1e-12)
-            v.addcdiv_(mean, root, value=-LEARNING_RATE / (1 - MEAN_DECAY**step))
-        return (floor + (v >= 0)).clamp_(grid.low, grid.high)
-
-    def _pull(self, h: Float[Tensor, "N K"], step: int) -> Float[Tensor, "N K"] | float:
-        """The regularizer's slope by h: towards 0 or 1, whichever is nearer."""
-        progress = (step / self.iterations - self.warm_start) / (1 - self.warm_start)
-        if progress <= 0:
-            return 0.0
-        beta = BETA_END + (BETA_START - BETA_END) * (1 + math.cos(math.pi * progress)) / 2
-        side = 2 * h - 1
-        return side.abs().pow_(beta - 1).copysign_(side).mul_(-2 * beta * self.regularization)
+            slope = loss.gradient(codes.clamp_(grid.low, grid.high) * steps)
+            rounding.step(slope.mul_(per_weight).mul_(inside))
+        return (floor + rounding.up()).clamp_(grid.low, grid.high)
 
 
 @dataclass(frozen=True)
@@ -154,18 +148,14 @@ class OutputLoss:
     def gradient(self, rounded: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
         return (rounded @ self.curvature).sub_(self.target).mul_(2)
 
+    def ratios(self, rounded: Float[Tensor, "N K"]) -> Float[Tensor, " N"]:
+        """What to multiply each row by for the least loss: positive."""
+        square = ((rounded @ self.curvature) * rounded).sum(1)
+        ratio = (self.target * rounded).sum(1) / square
+        return torch.where((square > 0) & (ratio > 0), ratio, 1.0)
+
     def share(self, nearest: Float[Tensor, "N K"]) -> Float[Tensor, "N 1"]:
         """A weight's mean part in the loss of the nearest codes; a little more than nothing for rows that have none."""
         least = 1e-6 * (self.target * self.weight).sum(1)
         share = torch.maximum(self(nearest), least)[:, None] / self.weight.shape[1]
         return torch.where(share > 0, share, 1.0)
-
-
-def _warn_of_few_rows(state: LayerState) -> None:
-    moments = state.statistics and state.statistics.moments
-    if moments and moments.rows < len(moments.mean):
-        warnings.warn(
-            f"adaround: calibration saw {moments.rows} rows of layer {state.plan.name!r}, fewer than its "
-            f"{len(moments.mean)} inputs; the codes may suit no others: calibrate on more prompts or steps",
-            stacklevel=3,
-        )

@@ -8,10 +8,12 @@ leaves there ends up as plain tensors in plain buffers.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
@@ -44,6 +46,10 @@ class RoundedWeight:
             groups = self.multipliers.shape[1]
             values = (values.unflatten(1, (groups, -1)) * self.multipliers[..., None]).flatten(1)
         return values * self.scale[:, None]
+
+    def steps(self) -> Float[Tensor, "N K"]:
+        """What each weight changes by where its code does by one; without a codebook."""
+        return dataclasses.replace(self, codes=torch.ones_like(self.codes)).dequantize()
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,14 @@ class Rounding(Method):
     @abstractmethod
     def round(self, state: LayerState) -> RoundedWeight:
         """The final codes."""
+
+    @property
+    def block_steps(self) -> int:
+        """Steps in which the codes of all layers of a block are learned together, from those chosen layer by layer.
+
+        More than 0: the layer's needs name "carried". Every weight then goes up or down, on the grid that it has.
+        """
+        return 0
 
     def preview(self, state: LayerState) -> RoundedWeight:
         """What transforms try candidates with, often: a costly rounding overrides this with a cheap stand-in."""

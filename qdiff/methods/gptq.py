@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +12,11 @@ from qdiff.methods.contract import RoundedWeight, Rounding
 from qdiff.methods.registry import register
 from qdiff.methods.state import LayerState
 from qdiff.methods.weight_grid import WeightGrid, quick_nearest
+from qdiff.numerics.cholesky import damped_upper_factor
+from qdiff.ops import gptq_descent, gptq_feedback
 
-# Columns between two matrix products, of the paper's "lazy batch updates" (section 3.3, step 2).
+# Columns between two matrix products, of the paper's "lazy batch updates" (section 3.3, step 2); the most that the
+# kernels of a block take.
 BLOCK = 128
 
 
@@ -87,21 +89,8 @@ class Gptq(Rounding):
         mean = diagonal.mean()
         order = diagonal.argsort(descending=True, stable=True)
         # On the scale of one, whatever the activations' is. An input that is always zero meets only the damping.
-        hessian = hessian[order][:, order] / torch.where(mean > 0, mean, 1.0)
-        damping = self.damping
-        hessian.diagonal().add_(damping)
-        while True:
-            # Of H turned end for end: its lower factor, turned back, is the upper one.
-            factor, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-            if not failed:
-                return hessian, factor.flip(0, 1), order
-            hessian.diagonal().add_(9 * damping)
-            damping *= 10
-            warnings.warn(
-                f"gptq: the Hessian of layer {name!r} is singular; damped by {damping:g} of its mean diagonal instead "
-                f"of {self.damping:g}",
-                stacklevel=2,
-            )
+        hessian = hessian[order][:, order].div_(torch.where(mean > 0, mean, 1.0))
+        return hessian, damped_upper_factor(hessian, self.damping, f"gptq: the Hessian of layer {name!r}"), order
 
 
 def with_activation_error(hessian: Float[Tensor, "K K"], state: LayerState) -> Float[Tensor, "K K"]:
@@ -109,8 +98,9 @@ def with_activation_error(hessian: Float[Tensor, "K K"], state: LayerState) -> F
     inputs, quantized = state.inputs(), state.quantized_inputs()
     if inputs is None or quantized is None:
         return hessian
-    noise = ((quantized - inputs) * state.balance()).square().mean(0)
-    return hessian + noise.diag()
+    hessian = hessian.clone()
+    hessian.diagonal().add_(((quantized - inputs) * state.balance()).square().mean(0))
+    return hessian
 
 
 def feedback_codes(
@@ -123,11 +113,7 @@ def feedback_codes(
         block = slice(start, start + BLOCK)
         target = weight[block] + feedback[:start, block].T @ errors[:start]
         within = feedback[block, block]
-        for i in range(len(target)):
-            j = start + i
-            codes[j] = (target[i] / steps[j]).round_().clamp_(grid.low, grid.high)
-            errors[j] = weight[j] - codes[j] * steps[j]
-            target[i + 1 :].addr_(within[i, i + 1 :], errors[j])
+        codes[block], errors[block] = gptq_feedback(target, weight[block], steps[block], within, grid.low, grid.high)
     return codes
 
 
@@ -153,13 +139,8 @@ def descended_codes(
     errors = weight - steps * codes
     for start in range(0, len(weight), BLOCK):
         block = slice(start, start + BLOCK)
-        within = hessian[block, block]
-        # Half the gradient by each weight, kept up to date within the block.
+        # Half the gradient by each weight; the operator keeps it up to date within the block.
         gradient = hessian[block] @ errors
-        for i in range(len(gradient)):
-            j = start + i
-            better = (codes[j] + gradient[i] / (steps[j] * within[i, i])).round_().clamp_(grid.low, grid.high)
-            change = (better - codes[j]) * steps[j]
-            codes[j], errors[j] = better, errors[j] - change
-            gradient[i + 1 :].addr_(within[i, i + 1 :], change, alpha=-1)
+        here = codes[block], errors[block], gradient, steps[block], hessian[block, block]
+        codes[block], errors[block] = gptq_descent(*here, grid.low, grid.high)
     return codes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,6 +63,7 @@ class LayerState:
     branch_dtype: torch.dtype = torch.float16
     _balance: Float[Tensor, "R 1"] | None = dataclasses.field(default=None, repr=False)
     _raw_inputs: Float[Tensor, "R K"] | None = dataclasses.field(default=None, repr=False)
+    _histograms: tuple[Sequence[object], list[TensorHistogram]] | None = dataclasses.field(default=None, repr=False)
 
     @property
     def pipeline(self) -> InputPipeline:
@@ -145,6 +147,13 @@ class LayerState:
         A channel counts as much as the weight amplifies its errors. Where x_s is more than a multiple of x, channel by
         channel, it is that of the samples.
         """
+        # The rounding and then the range ask for the same; nobody changes a tensor of the state in place.
+        of = (per_timestep, self.statistics, self.weight, self.shift, self.index, self.smooth, self.rotation)
+        if self._histograms is None or any(one is not other for one, other in zip(self._histograms[0], of)):
+            self._histograms = of, self._measured_histograms(per_timestep)
+        return self._histograms[1]
+
+    def _measured_histograms(self, per_timestep: bool) -> list[TensorHistogram]:
         statistics, widths = self.calibrated(), [channels * self.taps for channels in self.segments]
         if self.shift is None and self.index is None and self.rotation is None:
             gain = self.per_channel(self.weight.square().sum(0)).sum(1)

@@ -9,12 +9,12 @@ search for the cells' borders, whatever the row's length.
 
 from __future__ import annotations
 
-import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from qdiff.numerics.cholesky import damped_upper_factor
 from qdiff.recipe import LayerPlan
 
 ENTRIES = 16
@@ -136,7 +136,9 @@ def compensated_entries(w: Tensor, codebook: Tensor, scale: Tensor, hessian: Ten
     mean = hessian.diagonal().mean()
     hessian = hessian.lerp(hessian.diagonal().diag(), _SHRINKAGE)
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    feedback = _unit_upper_factor(hessian[order][:, order] / torch.where(mean > 0, mean, 1.0), layer)
+    ordered = hessian[order][:, order] / torch.where(mean > 0, mean, 1.0)
+    factor = damped_upper_factor(ordered, _DAMPING, f"{layer}: the inputs' second moment")
+    feedback = factor / factor.diagonal()
     values = codebook * scale[:, None]
     borders = (values[:, 1:] + values[:, :-1]) / 2
     # Transposed: an input's weights are then one row of memory.
@@ -149,19 +151,3 @@ def compensated_entries(w: Tensor, codebook: Tensor, scale: Tensor, hessian: Ten
         errors[j] = target[j] - values.gather(1, entry)[:, 0]
         codes[order[j]] = entry[:, 0].to(torch.int8)
     return codes.T.contiguous()
-
-
-def _unit_upper_factor(hessian: Tensor, layer: str) -> Tensor:
-    """V / diag(V) of H + damping = V V^T; H's mean diagonal is one."""
-    damping = _DAMPING
-    while True:
-        damped = hessian + damping * torch.eye(len(hessian), device=hessian.device)
-        # Of H turned end for end: its lower factor, turned back, is the upper one.
-        factor, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not failed:
-            factor = factor.flip(0, 1)
-            return factor / factor.diagonal()
-        damping *= 10
-        warnings.warn(
-            f"{layer}: the inputs' second moment is singular; damped by {damping:g} of its mean diagonal", stacklevel=4
-        )

@@ -4,6 +4,8 @@ On a CUDA device the kernels of `cuda/` run where they can; `set_backend` choose
 """
 
 from qdiff.ops.backend import set_backend, use_backend
+from qdiff.ops.gptq_descent import gptq_descent
+from qdiff.ops.gptq_feedback import gptq_feedback
 from qdiff.ops.low_rank_down import low_rank_down
 from qdiff.ops.quantize_per_sample import quantize_per_sample
 from qdiff.ops.quantize_per_token import quantize_per_token
@@ -16,6 +18,8 @@ from qdiff.ops.w8a8_conv2d import w8a8_conv2d
 from qdiff.ops.w8a8_linear import w8a8_linear
 
 __all__ = [
+    "gptq_descent",
+    "gptq_feedback",
     "low_rank_down",
     "quantize_per_sample",
     "quantize_per_token",

@@ -4,75 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from types import TracebackType
-from typing import Any, NamedTuple
+from contextlib import ExitStack, contextmanager, suppress
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from qdiff.calibration import LayerStatistics, Samples, Statistics, collect
 from qdiff.denoising import StepTracker
-from qdiff.methods import needs_of
+from qdiff.layers import QuantizedWeights
+from qdiff.methods import Rounding, draft_layer, needs_of, resolve
+from qdiff.plugin.block_rounding import Reconstruction
+from qdiff.plugin.blocks import blocks_of
+from qdiff.plugin.calls import Call, StopError
 from qdiff.recipe import LayerPlan
 
-# Calls of the denoiser that are kept to be run again: each stage costs at most one run of all of them.
-CALLS = 16
 # Rows of a layer's input over all of these: methods that see quantized inputs have only these to learn from.
 ROWS = 1024
-_GOLDEN = 0.6180339887498949
 
-Quantize = Callable[[LayerPlan, nn.Module, "LayerStatistics | None"], nn.Module]
 Swap = Callable[[Mapping[str, nn.Module]], None]
-
-
-class Call(NamedTuple):
-    """The arguments of one call of a denoiser."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class CallRecorder(AbstractContextManager["CallRecorder"]):
-    """Keeps up to `CALLS` calls of a denoiser, spread evenly over all that are made within the context."""
-
-    def __init__(self, denoiser: nn.Module) -> None:
-        self._denoiser = denoiser
-        self._seen = 0
-        self._kept: dict[int, Call] = {}
-
-    @property
-    def calls(self) -> list[Call]:
-        """Those kept, in the order they were made."""
-        return [self._kept[index] for index in sorted(self._kept)]
-
-    def __enter__(self) -> CallRecorder:
-        self._hook = self._denoiser.register_forward_pre_hook(self._record, with_kwargs=True)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._hook.remove()
-
-    def _record(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Multiples of the golden ratio, modulo 1: the lowest of them are spread evenly however many there will be, and
-        # fall into step with no trajectory's length.
-        self._seen += 1
-        candidates = sorted([*self._kept, self._seen], key=lambda index: index * _GOLDEN % 1)[:CALLS]
-        if self._seen in candidates:
-            call = Call(_copied(args), _copied(kwargs))
-            self._kept = {index: self._kept.get(index, call) for index in candidates}
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copied(item) for item in value)
-    return value
+Finish = Callable[[LayerPlan, nn.Module, QuantizedWeights], nn.Module]
 
 
 def quantize_in_order(
@@ -80,42 +30,67 @@ def quantize_in_order(
     plans: Mapping[str, LayerPlan],
     statistics: Statistics,
     calls: Sequence[Call],
-    quantize: Quantize,
+    finish: Finish,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, nn.Module]:
     """The quantized form of every planned layer, made stage by stage in the order in which the denoiser runs them.
 
     Layers whose methods need "carried" get, in place of their samples, rows of the recorded calls twice: as they are in
-    full precision, and as they arrive when the stages before are quantized. A stage is a block: an entry of a module
-    list of the denoiser, or one of its other children.
+    full precision, and as they arrive when the stages before are quantized. A stage is an entry of a module list of
+    the denoiser, or one of its other children; or a block (`blocks_of`), where the rounding of its layers asks for
+    steps in common.
 
     The denoiser is in the end, and on any error, as it was. It should be the case that the same arguments give the same
     bytes.
+
+    Args:
+        calls: of the denoiser; each stage costs at most one run of all of them.
+        finish: makes a layer of the numbers chosen for it.
     """
     # Of each: rows, and what decides which rows there are.
     carried = {
         name: needs_of(plan) & {"first_token"} | {"samples"}
         for name, plan in plans.items()
-        if "carried" in needs_of(plan) and name in statistics.layers
+        if "carried" in needs_of(plan) and not block_steps(plan) and name in statistics.layers
+    }
+    blocks = set(blocks_of([name for name in statistics.layers if name in plans and block_steps(plans[name])]).values())
+    # All of a block's layers, whatever their methods; but a table is looked up, and no gradient is to pass it.
+    block_of = {
+        name: block
+        for name, plan in plans.items()
+        for block in blocks
+        if name.startswith(f"{block}.") and plan.kind != "embedding" and name in statistics.layers
     }
     replacements: dict[str, nn.Module] = {}
-    with _swapping(denoiser, StepTracker(statistics.timesteps)) as swap:
-        stages = _stages(_runs(denoiser, plans, calls[0]))
+    tracker = StepTracker(statistics.timesteps)
+    with _swapping(denoiser, tracker) as swap:
+        stages = _stages(_runs(denoiser, plans, calls[0]), block_of)
         exact = _rows(denoiser, carried, calls, seed)
+        reconstruction = Reconstruction(denoiser, blocks, calls, tracker, seed)
         bar = tqdm(total=len(plans), desc="Quantizing in order", unit="layer", disable=not progress)
         with bar:
             # Layers that the recorded call does not run come last: nothing else waits for them.
             for stage in [*stages, [name for name in plans if not any(name in stage for stage in stages)]]:
                 arriving = _rows(denoiser, {name: carried[name] for name in stage if name in exact}, calls, seed)
+                drafts = {}
                 for name in stage:
                     seen = statistics.layers.get(name)
                     if seen is not None and name in arriving:
                         seen = _with_carried(seen, exact[name], arriving[name])
-                    replacements[name] = quantize(plans[name], denoiser.get_submodule(name), seen)
+                    drafts[name] = draft_layer(plans[name], denoiser.get_submodule(name), seen)
                     bar.update()
+                codes = reconstruction.learn(block_of[stage[0]], drafts) if stage and stage[0] in block_of else {}
+                for name, draft in drafts.items():
+                    weights = draft.finished(codes.get(name))
+                    replacements[name] = finish(plans[name], denoiser.get_submodule(name), weights)
                 swap({name: replacements[name] for name in stage})
     return replacements
+
+
+def block_steps(plan: LayerPlan) -> int:
+    """Steps that the rounding of a layer wants for its whole block."""
+    return resolve(plan.rounding, Rounding).block_steps  # type: ignore[type-abstract]
 
 
 def _with_carried(seen: LayerStatistics, exact: LayerStatistics, arriving: LayerStatistics) -> LayerStatistics:
@@ -129,10 +104,6 @@ def _with_carried(seen: LayerStatistics, exact: LayerStatistics, arriving: Layer
     return dataclasses.replace(seen, samples=moved(exact), carried=moved(arriving))
 
 
-class _EnoughError(Exception):
-    """The denoiser need not run on: the last layer of interest has run for the last time."""
-
-
 def _rows(
     denoiser: nn.Module, needs: Mapping[str, Collection[str]], calls: Sequence[Call], seed: int
 ) -> Mapping[str, LayerStatistics]:
@@ -144,7 +115,7 @@ def _rows(
 
     def run() -> None:
         for call in calls:
-            with suppress(_EnoughError):
+            with suppress(StopError):
                 _runs(denoiser, needs, call, expected)
 
     return collect(run, denoiser, layers, needs, progress=False, seed=seed, rows=ROWS).layers
@@ -158,7 +129,7 @@ def _runs(denoiser: nn.Module, names: Iterable[str], call: Call, enough: int | N
         def hook(*_: object) -> None:
             runs.append(name)
             if len(runs) == enough:
-                raise _EnoughError
+                raise StopError
 
         return hook
 
@@ -169,13 +140,13 @@ def _runs(denoiser: nn.Module, names: Iterable[str], call: Call, enough: int | N
     return runs
 
 
-def _stages(runs: Sequence[str]) -> list[list[str]]:
+def _stages(runs: Sequence[str], block_of: Mapping[str, str] | None = None) -> list[list[str]]:
     """Layers by block, in the order in which they are first run."""
-    stages: dict[tuple[str, ...], list[str]] = {}
+    stages: dict[str, list[str]] = {}
     for name in dict.fromkeys(runs):
         parts = name.split(".")
-        block = parts[: 2 if len(parts) > 1 and parts[1].isdigit() else 1]
-        stages.setdefault(tuple(block), []).append(name)
+        stage = ".".join(parts[: 2 if len(parts) > 1 and parts[1].isdigit() else 1])
+        stages.setdefault((block_of or {}).get(name, f"{stage}, but for its blocks"), []).append(name)
     return list(stages.values())
 
 

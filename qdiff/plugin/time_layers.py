@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qdiff.calibration import Statistics, collect
 from qdiff.denoising import TimestepReader
-from qdiff.plugin.sequential import Call
+from qdiff.plugin.calls import Call
 from qdiff.recipe import LayerPlan, Recipe
 
 TIMESTEPS = 128

@@ -80,6 +80,8 @@ def _presets() -> Iterator[Recipe]:
     yield _PLAIN.replace(name="zeroquant", rounding=_UNSEARCHED, conv_range=_MINMAX, split_skips=False)
     yield _PLAIN.replace(name="gptq", rounding=MethodSpec.of("gptq"))
     yield _PLAIN.replace(name="adaround", rounding=MethodSpec.of("adaround"))
+    # The same, and then block after block (arXiv 2102.05426).
+    yield _PLAIN.replace(name="brecq", rounding=MethodSpec.of("adaround", block_iterations=40))
     yield _PLAIN.replace(name="adaquant", rounding=MethodSpec.of("adaquant"))
     yield _PLAIN.replace(name="lq-nets", weight=_CHANNEL, rounding=MethodSpec.of("lq_nets"))
     yield _PLAIN.replace(name="awq", transforms=(MethodSpec.of("awq"),))

@@ -80,8 +80,18 @@ def _by_sdnq(denoiser: nn.Module, options: dict[str, Any]) -> nn.Module:
     os.environ.setdefault("SDNQ_USE_TORCH_COMPILE", "0")
     from sdnq import sdnq_post_load_quant
 
+    if torch.cuda.is_available():
+        import triton
+
+        # For its integer products; Triton has no allocator of its own. It belongs to this thread, which runs them too.
+        triton.set_allocator(_scratch)
     module: nn.Module = sdnq_post_load_quant(denoiser, **options)
     return module
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for a Triton kernel on the current stream; torch aligns to more than a kernel asks for (128 bytes)."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _by_quanto(denoiser: nn.Module, options: dict[str, Any]) -> nn.Module:

@@ -11,25 +11,26 @@ from typing import Any
 
 import torch
 
-from board.measure import Bench, Settings, Unit
+from board.measure import Bench
+from board.units import Settings, Task, Unit, next_ready
 
 Outcome = dict[str, Any]  # a unit's figures, or {"failed": why}
 
 
 class Worker:
-    """A process that measures the units it is sent, one after the other."""
+    """A process that measures the units it is sent, one after the other; the i-th has the i-th GPU, modulo all."""
 
-    def __init__(self, settings: Settings, threads: int) -> None:
+    def __init__(self, settings: Settings, threads: int, index: int) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self.pipe, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=work, args=(theirs, settings, threads), daemon=True)
+        self.process: BaseProcess = context.Process(target=work, args=(theirs, settings, threads, index), daemon=True)
         self.process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
-        self.unit: Unit | None = None
+        self.task: Task | None = None
 
-    def start(self, unit: Unit) -> None:
-        self.unit = unit
-        self.pipe.send(unit)
+    def start(self, task: Task) -> None:
+        self.task = task
+        self.pipe.send(task.unit)
 
     def outcome(self) -> Outcome:
         try:
@@ -40,16 +41,16 @@ class Worker:
         return found
 
     def stop(self) -> None:
-        self.pipe.close()  # an idle process ends by itself; a busy one has run out of time
-        if self.unit is None:
-            self.process.join(timeout=20)
+        """At once: what it has not reported is lost, and half a file is never found under its name."""
+        self.pipe.close()
         self.process.terminate()
-        self.process.join()
 
 
-def work(pipe: Connection, settings: Settings, threads: int) -> None:
+def work(pipe: Connection, settings: Settings, threads: int, index: int) -> None:
     """What a process runs until the other end is closed."""
     torch.set_num_threads(threads)
+    if settings.device == "cuda":
+        torch.cuda.set_device(index % torch.cuda.device_count())
     bench = Bench(settings)
     while True:
         try:
@@ -71,32 +72,47 @@ def outcome_of(bench: Bench, unit: Unit) -> Outcome:
 
 
 def run_all(
-    units: Sequence[Unit],
+    tasks: Sequence[Task],
     settings: Settings,
     jobs: int,
     threads: int,
     deadline: float,
     report: Callable[[Unit, Outcome], None],
 ) -> int:
-    """Measure the units in order, `jobs` at a time; report each as it ends. Returns how many the time left undone."""
-    waiting = list(reversed(units))
-    workers = [Worker(settings, threads) for _ in range(min(jobs, len(units)))]
+    """Do the tasks in order, `jobs` at a time; report each as it ends. Returns how many the time left undone.
+
+    A task whose turn it is lets those behind it pass while it waits for a preparation.
+    """
+    waiting = list(tasks)
+    unfinished = {task.key for task in tasks}
+    workers: list[Worker] = []
     try:
-        while True:
-            for index, worker in enumerate(workers):
-                if worker.unit is None and waiting and time.monotonic() < deadline:
-                    if not worker.process.is_alive():
-                        workers[index] = worker = Worker(settings, threads)
-                    worker.start(waiting.pop())
-            busy = {worker.pipe: worker for worker in workers if worker.unit is not None}
+        while time.monotonic() < deadline:
+            for index in range(min(jobs, len(tasks))):
+                if index < len(workers) and workers[index].task is not None:
+                    continue
+                task = next_ready(waiting, unfinished)
+                if task is None:
+                    break
+                if index == len(workers):
+                    workers.append(Worker(settings, threads, index))
+                elif not workers[index].process.is_alive():
+                    workers[index] = Worker(settings, threads, index)
+                waiting.remove(task)
+                workers[index].start(task)
+            busy = {worker.pipe: worker for worker in workers if worker.task is not None}
             ready = wait(list(busy), timeout=max(0.0, deadline - time.monotonic())) if busy else []
             if not ready:  # all done, or out of time
-                return len(waiting) + len(busy)
+                break
             for pipe in ready:
                 worker = busy[pipe]  # type: ignore[index]  # `wait` takes other things than pipes too
-                unit, worker.unit = worker.unit, None
-                assert unit is not None
-                report(unit, worker.outcome())
+                task, worker.task = worker.task, None
+                assert task is not None
+                unfinished.discard(task.key)
+                report(task.unit, worker.outcome())
+        return len(unfinished)
     finally:
         for worker in workers:
             worker.stop()
+        for worker in workers:
+            worker.process.join()

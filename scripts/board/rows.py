@@ -20,8 +20,8 @@ SECTIONS = ("presets", "rounding", "transforms", "ranges", "sampling", "bits")
 DEFAULT, PEER = "w4a8", "SDNQ int4"
 # Presets whose papers say which steps to calibrate on.
 SAMPLINGS = {
-    "q-diffusion": Calibration(sampling="uniform", sampled_steps=10),
-    "ptq4dm": Calibration(sampling="normal", sampled_steps=10),
+    "q-diffusion": Calibration(steps=20, sampling="uniform", sampled_steps=10),
+    "ptq4dm": Calibration(steps=20, sampling="normal", sampled_steps=10),
 }
 
 
@@ -76,6 +76,8 @@ def rounding() -> Iterator[Row]:
     yield Row("rounding", "nearest", grouped, "nearest, scales from the largest")
     for name in ("gptq", "adaround", "adaquant"):
         yield Row("rounding", f"{name} rounding", grouped.replace(rounding=MethodSpec.of(name)), "nearest")
+    blocks = grouped.replace(rounding=MethodSpec.of("adaround", block_iterations=40))
+    yield Row("rounding", "adaround rounding, blocks", blocks, "adaround rounding")
     yield Row("rounding", "nearest, one scale a channel", channel)
     for name in ("lq_nets", "lloyd_max"):
         yield Row(
@@ -148,9 +150,9 @@ def sampling() -> Iterator[Row]:
     plain, few = _plain(CHANNEL_8, 6, STATIC), 5
     one = "W8A6 static, the middle step alone"
     uniform = "W8A6 static, uniform steps"
-    yield Row("sampling", one, plain, calibration=Calibration(sampling="uniform", sampled_steps=1))
-    yield Row("sampling", uniform, plain, one, Calibration(sampling="uniform", sampled_steps=few))
-    normal = Calibration(sampling="normal", sampled_steps=few)
+    yield Row("sampling", one, plain, calibration=Calibration(steps=20, sampling="uniform", sampled_steps=1))
+    yield Row("sampling", uniform, plain, one, Calibration(steps=20, sampling="uniform", sampled_steps=few))
+    normal = Calibration(steps=20, sampling="normal", sampled_steps=few)
     yield Row("sampling", "W8A6 static, normally distributed steps", plain, uniform, normal)
     yield Row("sampling", "W8A6 static, a schedule of 4 steps", plain, one, Calibration(steps=4))
 

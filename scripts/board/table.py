@@ -14,7 +14,7 @@ from qdiff.evaluation.scatter import Point, scatter_chart
 
 Line = Mapping[str, Any]  # one measured unit: model, recipe, section, baseline, seed, and figures or "failed"
 
-FIGURES = ("ratio_to_fp16", "denoiser_relative_error", "psnr_db", "ssim", "quantize_seconds")
+FIGURES = ("ratio_to_fp16", "denoiser_relative_error", "psnr_db", "ssim")
 GAIN, ERROR_RATIO = "psnr_over_baseline_db", "error_over_baseline"
 MARKER = "<!-- figures: scripts/leaderboard.py -->"
 
@@ -103,7 +103,7 @@ def _figures(report: Report, model: str, recipe: str) -> str:
     found = {name: _find(report, name, model=model, recipe=recipe) for name in FIGURES}
     if not all(found.values()):
         return " | | | "
-    ratio, error, psnr, ssim = (found[name][0] for name in FIGURES[:4])
+    ratio, error, psnr, ssim = (found[name][0] for name in FIGURES)
     spread = f" ({psnr.low:.1f} to {psnr.high:.1f})" if psnr.n > 1 else ""
     return f"{ratio.value:.3f} | {100 * error.value:.2f} % | {psnr.value:.1f}{spread} | {ssim.value:.3f}"
 
@@ -116,16 +116,16 @@ def _gain(report: Report, model: str, recipe: str) -> str:
     return text if gain[0].value > 0 and ratio[0].value < 1 else f"{text}: here it is not better"
 
 
-def into_readme(path: Path, text: str) -> None:
+def into_readme(path: Path, text: str, marker: str = MARKER) -> None:
     """Replace what stands between the two markers.
 
     Raises:
         ValueError: there are not exactly two.
     """
-    parts = path.read_text(encoding="utf-8").split(MARKER)
+    parts = path.read_text(encoding="utf-8").split(marker)
     if len(parts) != 3:
-        raise ValueError(f"{path} must hold the marker {MARKER} twice, around the tables: found {len(parts) - 1}")
-    path.write_text(f"{parts[0]}{MARKER}\n{text}\n{MARKER}{parts[2]}", encoding="utf-8")
+        raise ValueError(f"{path} must hold the marker {marker} twice, around the tables: found {len(parts) - 1}")
+    path.write_text(f"{parts[0]}{marker}\n{text}\n{marker}{parts[2]}", encoding="utf-8")
 
 
 def plot(report: Report, model: str) -> str:

@@ -4,17 +4,19 @@ import math
 
 import pytest
 import torch
-from board import peers
-from board.measure import Bench, InDtype, Settings, Unit
+from board import measure, peers, units
+from board.measure import Bench, InDtype, learned
 from board.peers import Peer, bytes_of
-from board.rows import Row
+from board.rows import Row, all_rows
+from board.units import Settings, Unit
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from qdiff import Calibration, Recipe
+from qdiff import Calibration, Recipe, calibrate
 from qdiff.recipe import WeightSpec
 
 ROW = Row("presets", "w8", Recipe("w8", WeightSpec(8, -1, "channel"), activation_bits=16))
+QUICK = dataclasses.replace(ROW, calibration=Calibration(["red cat"], steps=1))
 SAME = Peer("untouched", "same")
 
 
@@ -29,7 +31,7 @@ def settings(tmp_path, tiny_sd, monkeypatch):
 
 def measured(settings, row, seed=0):
     bench = Bench(settings)
-    assert bench.measure(Unit("emoji-sd", seed, None)) == {}
+    assert bench.measure(Unit("emoji-sd", seed, None)).keys() == {"phases"}
     return bench.measure(Unit("emoji-sd", seed, row))
 
 
@@ -41,15 +43,36 @@ def test_an_untouched_denoiser_has_no_error_and_all_of_the_bytes(settings):
     assert found["ssim"] == pytest.approx(1)
 
 
-def test_a_recipe_is_measured_on_a_copy_and_gives_the_same_figures_twice(settings):
-    row = dataclasses.replace(ROW, calibration=Calibration(["red cat"], steps=1))
+def test_a_recipe_is_measured_on_a_copy_and_gives_the_same_figures_twice(settings, monkeypatch):
+    monkeypatch.setattr(units, "all_rows", lambda: [QUICK])
     bench = Bench(settings)
     bench.measure(Unit("emoji-sd", 0, None))
-    first, second = ({**bench.measure(Unit("emoji-sd", 0, row)), "quantize_seconds": 0} for _ in range(2))
+    first, second = (bench.measure(Unit("emoji-sd", 0, QUICK)) for _ in range(2))
+    for found in (first, second):
+        assert found.pop("phases").keys() == {"load", "quantize", "replay", "generate", "compare"}
     assert first == second
     assert 0.5 < first["ratio_to_fp16"] < 0.8
     assert 0 < first["denoiser_relative_error"] < 0.1
     assert bench.measure(Unit("emoji-sd", 0, SAME))["denoiser_relative_error"] < 1e-5
+
+
+def test_rows_share_a_calibration_which_is_made_once_and_found_by_another_process(settings, monkeypatch):
+    other = dataclasses.replace(QUICK, label="w4", recipe=ROW.recipe.replace(weight=WeightSpec(4, -1)))
+    monkeypatch.setattr(units, "all_rows", lambda: [QUICK, other])
+    calibrations = []
+    monkeypatch.setattr(measure, "calibrate", lambda *a, **k: calibrations.append(a) or calibrate(*a, **k))
+    for row in (QUICK, other):
+        reference, shared = Unit("emoji-sd", 0, row).preparations
+        for unit in (reference, shared, Unit("emoji-sd", 0, row)):
+            assert "phases" in Bench(settings).measure(unit)
+    assert len(calibrations) == 1
+    assert not list(settings.work.glob("*.part"))
+
+
+def test_only_learned_roundings_are_made_on_the_device():
+    found = {row.label for row in all_rows() if learned(row.recipe)}
+    assert {"adaround", "adaquant", "adaround rounding", "adaquant rounding"} <= found
+    assert not found & {"w4a8", "gptq", "svdquant", "naive"}
 
 
 def test_no_noise_is_shared_between_seeds_or_with_calibration(settings):

@@ -56,7 +56,7 @@ def test_convolution_rows_are_whole_pixels():
 
 def test_values_beyond_half_precision_are_clamped():
     view = InputView(nn.Linear(1, 1), torch.tensor([[1e6]]))
-    rows = observe(nn.Linear(1, 1), view.x, None, 1, torch.Generator()).rows
+    rows = observe(nn.Linear(1, 1), view.x, None, 1, torch.Generator(), torch.Generator()).rows
     assert rows.item() == 65504.0
     assert view.channel_absmax().item() == 1e6
 

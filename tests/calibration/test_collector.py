@@ -141,6 +141,18 @@ def test_values_that_are_not_finite_name_layer_and_timestep(denoiser, poison, ne
     assert not any(layer._forward_pre_hooks for layer in layers_of(denoiser).values())
 
 
+@pytest.mark.parametrize("later", [False, True])
+def test_the_first_layer_that_is_not_finite_is_named_though_others_ran_since(denoiser, later):
+    """At the last call, after which no other comes, too."""
+
+    def run():
+        for timestep, value in ((900.0, 1.0), (500.0, float("nan")), (100.0, 1.0))[: 3 if later else 2]:
+            denoiser(torch.full((2, 3, 8, 8), value), torch.tensor(timestep))
+
+    with torch.no_grad(), pytest.raises(ValueError, match="input of layer 'conv' at timestep 500;"):
+        collect(run, denoiser, layers_of(denoiser), {"samples", "histograms"}, progress=False)
+
+
 def test_hooks_are_gone_whatever_happens(denoiser):
     def fail():
         raise KeyError("in the middle")

@@ -40,14 +40,14 @@ def test_steps_are_labelled_at_round_numbers_and_both_ends(count, ticks):
 
 def test_each_series_is_a_line_with_a_point_a_step_and_its_name():
     svg = chart({"naive": [0.0, 1.0, 4.0], "w4a8": [0.0, 0.5, 1.0]})
-    lines = svg.findall(f"{SVG}polyline")
+    lines = list(svg.iter(f"{SVG}polyline"))
     assert [len(points(line)) for line in lines] == [3, 3]
     texts = [text.text for text in svg.iter(f"{SVG}text")]
     assert {"naive", "w4a8", "step", "error (%)", "Drift & more", "1", "2", "3"} <= set(texts)
 
 
 def test_a_larger_value_is_drawn_higher_and_in_proportion():
-    (line,) = chart({"a": [0.0, 1.0, 2.0]}).findall(f"{SVG}polyline")
+    (line,) = chart({"a": [0.0, 1.0, 2.0]}).iter(f"{SVG}polyline")
     heights = [y for _, y in points(line)]
     assert heights[0] > heights[1] > heights[2]
     # Coordinates are written with one decimal.
@@ -60,8 +60,19 @@ def test_labels_of_lines_that_end_together_do_not_overlap():
     assert all(later - earlier >= 17 for earlier, later in itertools.pairwise(heights))
 
 
+def test_a_series_has_the_same_colour_in_every_chart_of_a_page():
+    def colours(series):
+        text = line_chart(series, title="", x_label="", y_label="", names=["naive", "w4a8"])
+        groups = list(ElementTree.fromstring(text).iter(f"{SVG}g"))
+        return {group.find(f".//{SVG}title").text.split(",")[0]: group.get("class") for group in groups}
+
+    both = colours({"naive": [1.0], "w4a8": [1.0]})
+    assert both["naive"] != both["w4a8"]
+    assert colours({"w4a8": [1.0]}) == {"w4a8": both["w4a8"]}
+
+
 def test_constant_zero_is_a_chart_too():
-    assert chart({"a": [0.0]}).findall(f"{SVG}polyline")
+    assert list(chart({"a": [0.0]}).iter(f"{SVG}polyline"))
 
 
 @pytest.mark.parametrize(

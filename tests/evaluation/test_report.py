@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -62,10 +63,27 @@ def test_records_are_found_by_tag():
 
 
 def test_another_version_is_refused():
-    text = report().to_json().replace('"version": 1', '"version": 99')
-    with pytest.raises(ValueError, match="version 1"):
+    text = report().to_json().replace('"version": 2', '"version": 99')
+    with pytest.raises(ValueError, match="version 1 to 2"):
         Report.from_json(text)
 
 
 def test_the_environment_names_what_a_figure_depends_on():
     assert {"python", "cores", "torch", "diffusers"} <= environment().keys()
+
+
+def test_provenance_goes_with_the_record():
+    record = Record.exact("fid", 3.0).sourced({"resize": "clean"}).sourced({"package": "clean-fid 0.1.35"})
+    assert record.provenance == {"resize": "clean", "package": "clean-fid 0.1.35"}
+    again = Report.from_json(Report("A test", (record,)).to_json())
+    assert again.records == (record,)
+
+
+def test_version_1_is_read_as_having_no_provenance():
+    data = json.loads(report().to_json())
+    data["version"] = 1
+    for name in ("tables", "pairs"):
+        del data[name]
+    for record in data["records"]:
+        del record["provenance"]
+    assert Report.from_json(json.dumps(data)) == report()

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qdiff.evaluation.scatter import scatter_chart, spread
+from qdiff.evaluation.scatter import pareto_front, scatter_chart
+from qdiff.evaluation.svg import spread
 
 SVG = "{http://www.w3.org/2000/svg}"
 POINTS = {"ours": [("w4a8", 0.3, 27.0), ("naive & worse", 0.27, 19.0)], "peers": [("int4", 0.32, 23.0)]}
@@ -16,10 +17,16 @@ def chart(groups):
     return ElementTree.fromstring(scatter_chart(groups, title="Likeness", x_label="bytes", y_label="dB"))
 
 
+def position(mark):
+    if mark.get("cx"):
+        return float(mark.get("cx")), float(mark.get("cy"))
+    x, y = mark.get("transform").removeprefix("translate(").removesuffix(")").split()
+    return float(x), float(y)
+
+
 def dots(svg):
-    found = [circle for circle in svg.iter(f"{SVG}circle") if circle.find(f"{SVG}title") is not None]
-    titles = {circle.find(f"{SVG}title").text.split(":")[0]: circle for circle in found}
-    return {name: (float(circle.get("cx")), float(circle.get("cy"))) for name, circle in titles.items()}
+    marks = [mark for mark in svg.iter() if mark.find(f"{SVG}title") is not None]
+    return {mark.find(f"{SVG}title").text.split(":")[0]: position(mark) for mark in marks}
 
 
 def test_every_point_is_drawn_and_named_with_its_group_in_the_legend():
@@ -54,8 +61,39 @@ def test_names_with_room_stay_beside_their_points():
 def test_any_finite_points_fit_between_the_axes(values):
     found = chart({"a": [(str(index), x, y) for index, (x, y) in enumerate(values)]})
     for x, y in dots(found).values():
-        assert 62 - 0.1 <= x <= 510 + 0.1
-        assert 62 - 0.1 <= y <= 362 + 0.1
+        assert 58 - 0.1 <= x <= 338 + 0.1
+        assert 64 - 0.1 <= y <= 264 + 0.1
+
+
+def test_where_less_is_better_less_is_up():
+    svg = scatter_chart(POINTS, title="", x_label="", y_label="", lower_is_better=True)
+    found = dots(ElementTree.fromstring(svg))
+    assert found["naive & worse"][1] < found["int4"][1] < found["w4a8"][1]
+
+
+POINT = st.tuples(st.sampled_from("abc"), st.integers(0, 5).map(float), st.integers(0, 5).map(float))
+
+
+@given(st.lists(POINT, min_size=1, max_size=12), st.booleans())
+def test_the_front_is_what_no_other_point_beats(points, lower):
+    def beats(other, point):
+        better = other[2] <= point[2] if lower else other[2] >= point[2]
+        return other[1] <= point[1] and better and other[1:] != point[1:]
+
+    unbeaten = {point[1:] for point in points if not any(beats(other, point) for other in points)}
+    front = pareto_front(points, lower_is_better=lower)
+    assert [point[1:] for point in front] == sorted(unbeaten)
+
+
+def test_the_front_and_the_reference_are_drawn():
+    text = scatter_chart(
+        POINTS, title="", x_label="", y_label="", front=True, reference=("full", 1.0), intervals={"w4a8": (26.0, 28.5)}
+    )
+    svg = ElementTree.fromstring(text)
+    (front,) = (path for path in svg.iter(f"{SVG}path") if path.get("class") == "front")
+    # From the cheapest point to the best one; the third is beaten by w4a8.
+    assert front.get("d").count("V") == 1
+    assert "full" in {element.text for element in svg.iter(f"{SVG}text")}
 
 
 @pytest.mark.parametrize("groups", [{}, {"a": []}, {"a": [("x", math.inf, 1.0)]}], ids=["none", "empty", "infinite"])

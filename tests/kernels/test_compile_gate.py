@@ -20,22 +20,24 @@ import torch
 from cuda.core import Program, ProgramOptions
 from cuda.pathfinder import find_nvidia_binary_utility, find_nvidia_header_directory
 
-from qdiff.ops import _gemm_mma, _gemm_wgmma, _quantize_cuda, _w4a16_cuda
+from qdiff.ops import _gemm_mma, _gemm_wgmma, _gptq_cuda, _quantize_cuda, _w4a16_cuda
 from qdiff.ops._cuda_sources import cuda_source_dir
 
 SOURCES = cuda_source_dir()
-HOST_MODULES = (_gemm_mma, _gemm_wgmma, _quantize_cuda, _w4a16_cuda)
+HOST_MODULES = (_gemm_mma, _gemm_wgmma, _gptq_cuda, _quantize_cuda, _w4a16_cuda)
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 PAIRS = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
 # Sources that use what one architecture alone has: for it, all of their variants are built.
 ONLY = {"gemm_wgmma": ("sm_90a",)}
 
-# Registers a thread: some more than the largest that was seen (gemm_mma 235, quantize_per_sample 99,
-# quantize_per_token 128, quantize_per_token_down 251, w4a16_linear 122), up to what their blocks can have.
-# gemm_wgmma has what 384 threads can have.
+# Registers a thread: some more than the largest that was seen (gemm_mma 235, gptq_descent 128, gptq_feedback 122,
+# quantize_per_sample 99, quantize_per_token 128, quantize_per_token_down 251, w4a16_linear 122), up to what their
+# blocks can have. gemm_wgmma has what 384 threads can have.
 REGISTERS = {
     "gemm_mma": 248,
     "gemm_wgmma": 168,
+    "gptq_descent": 128,
+    "gptq_feedback": 128,
     "quantize_per_sample": 112,
     "quantize_per_token": 128,
     "quantize_per_token_down": 255,
@@ -106,7 +108,8 @@ def selection(source: str, group: list[Defines], arch: str) -> list[Defines]:
     if source in ONLY:
         return group
     if arch == "sm_75":
-        group = list(dict.fromkeys(asked for asked in (on_turing(source, defines) for defines in group) if asked))
+        turned = (on_turing(source, defines) for defines in group)
+        group = list(dict.fromkeys(asked for asked in turned if asked is not None))
     return covering(group, 2 if arch in PAIRS else 1)
 
 
@@ -122,7 +125,7 @@ def build(job: Job) -> Build:
         arch=job.arch,
         std="c++17",
         device_as_default_execution_space=True,
-        define_macro=[(name, str(value)) for name, value in job.defines],
+        define_macro=[(name, str(value)) for name, value in job.defines] or None,
         include_path=[str(SOURCES / "include"), find_nvidia_header_directory("cudart")],
         ptxas_options=["-v"],
     )

@@ -12,6 +12,7 @@ from qdiff.methods import needs_of, resolve
 from qdiff.methods.adaround import AdaRound
 from qdiff.methods.nearest import Nearest
 from qdiff.methods.quantize import prepare
+from qdiff.methods.weight_grid import WeightGrid
 from qdiff.recipe import MethodSpec, WeightSpec
 
 TIMESTEPS = (100.0, 500.0, 900.0)
@@ -107,8 +108,10 @@ def test_close_to_the_best_of_all_roundings(bench):
 def test_codes_are_the_floor_or_the_one_above(bench, layer):
     state = state_of(bench, layer)
     rounded = AdaRound(iterations=30).round(state)
-    step = rounded.scale[:, None] * rounded.multipliers.repeat_interleave(16, 1)
-    floor = (state.weight / step).floor()
+    # On the grid as it was fitted first; the scales follow the codes.
+    floor = (
+        state.weight / WeightGrid.fit(state.plan, state.weight, state.hessian().diagonal()).steps(state.weight.shape[1])
+    ).floor()
     above = rounded.codes - floor
     inside = (floor >= -8) & (floor < 7)
     assert inside.float().mean() > 0.9
@@ -122,15 +125,26 @@ def test_every_row_is_at_least_as_good_as_nearest(bench, linear):
     state = state_of(bench, linear, activation_bits=16)
     hessian = state.hessian()
     rounded = AdaRound(iterations=1, shrinkage=0.0).round(state)
-    step = rounded.scale[:, None] * rounded.multipliers.repeat_interleave(16, 1)
-    nearest = (state.weight / step).round().clamp(-8, 7)
+    grid = WeightGrid.fit(state.plan, state.weight, hessian.diagonal())
+    nearest = grid.rounded(grid.nearest(state.weight))
 
-    def losses(codes):
-        error = state.weight - codes * step
+    def losses(rounded):
+        error = state.weight - rounded.dequantize()
         return ((error @ hessian) * error).sum(1)
 
-    assert (losses(rounded.codes) <= losses(nearest) * (1 + 1e-5)).all()
-    assert not torch.equal(rounded.codes.float(), nearest)
+    assert (losses(rounded) <= losses(nearest) * (1 + 1e-5)).all()
+    assert not torch.equal(rounded.codes, nearest.codes)
+
+
+def test_scales_are_the_best_for_the_codes(bench, linear):
+    state = state_of(bench, linear, activation_bits=16)
+    rounded, hessian = AdaRound(shrinkage=0.0).round(state), state.hessian()
+
+    def loss(factor):
+        error = state.weight - factor * rounded.dequantize()
+        return ((error @ hessian) * error).sum(1)
+
+    assert (loss(1.0) <= torch.minimum(loss(0.999), loss(1.001))).all()
 
 
 def test_preview_and_a_layer_without_statistics_are_nearest(bench, linear):
@@ -157,21 +171,16 @@ def test_rows_and_inputs_of_zeros(bench, linear):
     assert not rounded.dequantize()[3].any()
 
 
-def test_too_few_rows_are_said(bench, linear):
-    inputs = [x[:1, :5] for x in correlated_inputs(linear)]
-    with pytest.warns(
-        UserWarning, match="adaround: calibration saw 15 rows of layer 'layer', fewer than its 64 inputs"
-    ):
-        AdaRound(iterations=2).round(state_of(bench, linear, inputs))
-
-
 def test_same_codes_every_time(bench, linear):
     first, second = (AdaRound(iterations=20).round(state_of(bench, linear)) for _ in range(2))
     assert all(torch.equal(getattr(first, f.name), getattr(second, f.name)) for f in dataclasses.fields(first)[:3])
 
 
-def test_asks_for_the_second_moment(bench, linear):
-    assert needs_of(bench.plan(linear, rounding=MethodSpec.of("adaround"))) >= {"hessian", "samples"}
+def test_asks_for_the_second_moment_and_for_order_where_there_are_blocks(bench, linear):
+    needs = needs_of(bench.plan(linear, rounding=MethodSpec.of("adaround")))
+    assert needs >= {"hessian", "samples"}
+    blocks = MethodSpec.of("adaround", block_iterations=1)
+    assert needs_of(bench.plan(linear, rounding=blocks)) == needs | {"carried"}
 
 
 @pytest.mark.parametrize(
@@ -184,7 +193,7 @@ def test_asks_for_the_second_moment(bench, linear):
         ({"warm_start": 1.0}, r"adaround.warm_start must be in \[0, 1\): got 1.0"),
         ({"shrinkage": -0.1}, r"adaround.shrinkage must be in \[0, 1\): got -0.1"),
         ({"shrinkage": True}, r"adaround.shrinkage must be in"),
-        ({"block": True}, r"unknown option 'block' of method 'adaround'"),
+        ({"block_iterations": -1}, r"adaround.block_iterations must be a whole number, 0 or more: got -1"),
     ],
 )
 def test_options_are_checked(options, message):

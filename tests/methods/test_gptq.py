@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 
@@ -13,6 +14,7 @@ from qdiff.methods.nearest import Nearest
 from qdiff.methods.quantize import prepare
 from qdiff.methods.sufficiency import shortages
 from qdiff.methods.weight_grid import WeightGrid
+from qdiff.ops import use_backend
 from qdiff.recipe import WeightSpec
 
 N, K = 12, 40
@@ -207,3 +209,18 @@ def test_damping_is_a_fraction(damping):
 def test_sweeps_are_counted(sweeps):
     with pytest.raises(ValueError, match=r"gptq\.sweeps must be a whole number"):
         Gptq(sweeps=sweeps)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run `pytest -m gpu` on one")
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_gpu_rounds_as_well_as_the_cpu(bench, layer, grid):
+    """Sums in another order move a few codes, each to one that is as good."""
+    state = state_of(bench, layer, weight=GRIDS[grid])
+    with use_backend("cuda"):
+        moved = state_of(bench, copy.deepcopy(layer).cuda(), state.hessian().cuda(), weight=GRIDS[grid])
+        on_gpu = Gptq().round(moved)
+    on_cpu = Gptq().round(state)
+    losses = [loss(state.weight, rounded.dequantize().cpu(), state.hessian()) for rounded in (on_gpu, on_cpu)]
+    assert losses[0] < 1.05 * losses[1]
+    assert (on_gpu.codes.cpu() == on_cpu.codes).float().mean() > 0.9

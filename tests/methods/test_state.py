@@ -107,3 +107,14 @@ def test_a_remade_input_without_samples_is_an_error(bench, linear):
     state.shift = torch.zeros(64)
     with pytest.raises(ValueError, match="is measured on samples, and calibration kept none"):
         state.measured_steps(Estimator("mse"), per_timestep=True)
+
+
+def test_histograms_are_made_again_only_for_another_input_or_weight(bench, conv):
+    state = state_of(bench, conv)
+    first = state.input_histograms(per_timestep=True)
+    assert state.input_histograms(per_timestep=True) is first
+    assert len(state.input_histograms(per_timestep=False)[0].absmax) == 1
+    smoothed = state.with_weight(state.weight, smooth=torch.full((32,), 2.0))
+    torch.testing.assert_close(smoothed.input_histograms(per_timestep=True)[0].absmax, 2 * first[0].absmax)
+    heavier = state.with_weight(2 * state.weight).input_histograms(per_timestep=True)
+    torch.testing.assert_close(heavier[0].weights, 4 * first[0].weights)

@@ -521,6 +521,57 @@ def test_w4a16_linear_of_few_rows(kind, dtype, shape, monkeypatch):
     assert taken == [True, True]
 
 
+GPTQ_SHAPES = [(128, 320), (128, 1280), (128, 10240), (128, 37), (72, 640), (37, 100), (1, 3), (128, 1)]
+
+
+def gptq_columns(columns, rows, finest):
+    """Columns of a weight, their steps, H and its factor; rows in whole vectors of the CPU, which rounds once there."""
+    weight = torch.randn(columns, -(-rows // 16) * 16)
+    steps = (0.2 + torch.rand(weight.shape)) * (2.0**-21 if finest else 1)
+    mixing = torch.randn(columns, columns)
+    hessian = mixing @ mixing.T / columns + 0.1 * torch.eye(columns)
+    factor = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
+    return weight, steps, hessian, factor / factor.diagonal()
+
+
+# The finest codes show the last bits of what is rounded.
+@pytest.mark.parametrize("finest", [False, True])
+@pytest.mark.parametrize("shape", GPTQ_SHAPES, ids=str)
+def test_gptq_feedback(shape, finest):
+    weight, steps, _, within = gptq_columns(*shape, finest)
+    codes = (-(2**23), 2**23) if finest else (-8, 7)
+    values = (weight + 0.1 * torch.randn(weight.shape), weight, steps)
+    expected = ops.gptq_feedback(*values, within, *codes)
+    values = [value[:, : shape[1]].to(DEVICE) for value in values]
+    for got, wanted in zip(ops.gptq_feedback(*values, within.to(DEVICE), *codes), expected):
+        assert torch.equal(got.cpu(), wanted[:, : shape[1]])
+
+
+@pytest.mark.parametrize("finest", [False, True])
+@pytest.mark.parametrize("shape", GPTQ_SHAPES, ids=str)
+def test_gptq_descent(shape, finest):
+    weight, steps, hessian, _ = gptq_columns(*shape, finest)
+    low, high = (-(2**23), 2**23) if finest else (-8, 7)
+    codes = (weight / steps).round().clamp(low, high)
+    errors = weight - codes * steps
+    values = (codes, errors, hessian @ errors + 0.1 * torch.randn(weight.shape), steps)
+    expected = ops.gptq_descent(*values, hessian, low, high)
+    whole = torch.full((300, 301), float("nan"))
+    place = slice(131, 131 + len(hessian))  # an address and rows that vectors do not fit
+    whole[place, place] = hessian
+    values = [value[:, : shape[1]].to(DEVICE) for value in values]
+    for got, wanted in zip(ops.gptq_descent(*values, whole.to(DEVICE)[place, place], low, high), expected):
+        assert torch.equal(got.cpu(), wanted[:, : shape[1]])
+
+
+def test_gptq_does_not_take_more_columns_or_float64():
+    weight, steps, hessian, within = (part.to(DEVICE) for part in gptq_columns(129, 16, False))
+    with pytest.raises(RuntimeError, match="129 columns, expected 128 or fewer"):
+        ops.gptq_feedback(weight, weight, steps, within, -8, 7)
+    with pytest.raises(RuntimeError, match=r"expected torch\.float32"):
+        ops.gptq_descent(*(part.double() for part in (weight, weight, weight, steps, hessian)), -8, 7)
+
+
 def layer(values, device=DEVICE):
     """Quantization and product as a layer runs them, of x alone."""
     rest = on(device, {name: value for name, value in values.items() if name not in ("x_codes", "x_scale", "weight")})

@@ -51,6 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gptq, 8 bits": {"rounding": of("gptq"), "weight": BYTE},
     "gptq, low rank": {"rounding": of("gptq"), **transform(of("smoothing"), of("low_rank", rank=8, min_gain=0.0))},
     "adaround": {"rounding": of("adaround", iterations=20)},
+    "adaround, blocks": {"rounding": of("adaround", iterations=20, block_iterations=3)},
     "adaquant": {"rounding": of("adaquant", iterations=20)},
     "lq_nets": {"rounding": of("lq_nets")},
     "lloyd_max": {"rounding": of("lloyd_max")},

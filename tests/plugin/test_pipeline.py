@@ -18,6 +18,7 @@ from torch import nn
 
 from qdiff import Calibration, Recipe, quantize_pipeline
 from qdiff.layers import QuantConv2d, QuantEmbedding, QuantLinear
+from qdiff.plugin import calibrate
 from qdiff.plugin import pipeline as module_under_test
 from qdiff.plugin.structure import find_denoiser, quantization_of
 from qdiff.recipe import MethodSpec, WeightSpec
@@ -244,7 +245,8 @@ def test_an_interruption_anywhere_changes_nothing(tiny, monkeypatch, stage, erro
     """Even in the middle of the pipeline's run, and after half of the layers are done."""
     pipe = tiny()
     before = snapshot(pipe)
-    original = getattr(module_under_test, stage)
+    module = calibrate if stage == "run_pipeline" else module_under_test
+    original = getattr(module, stage)
     calls = 0
 
     def interrupting(*arguments):
@@ -256,7 +258,7 @@ def test_an_interruption_anywhere_changes_nothing(tiny, monkeypatch, stage, erro
             raise error
         return original(*arguments)
 
-    monkeypatch.setattr(module_under_test, stage, interrupting)
+    monkeypatch.setattr(module, stage, interrupting)
     with pytest.raises(error):
         quantize(pipe)
     before.assert_unchanged()
@@ -396,8 +398,8 @@ def test_plain_save_pretrained_is_refused(quantized, tmp_path):
 
 def test_calibration_settings_are_kept(tiny_dit, monkeypatch, quantize):
     seen = []
-    original = module_under_test.run_pipeline
-    monkeypatch.setattr(module_under_test, "run_pipeline", lambda pipe, c: (seen.append(c), original(pipe, c)))
+    original = calibrate.run_pipeline
+    monkeypatch.setattr(calibrate, "run_pipeline", lambda pipe, c: (seen.append(c), original(pipe, c)))
     calibration = Calibration(prompts=[1], steps=2, seed=5)
     quantize(tiny_dit(), calibration=calibration)
     quantize(tiny_dit(), calibration=calibration, seed=9)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from qdiff import Recipe, load, save
 from qdiff.plugin import sequential
-from qdiff.plugin.sequential import CALLS, Call, CallRecorder
+from qdiff.plugin.calls import CALLS, Call, CallRecorder
 from qdiff.recipe import MethodSpec
 
 ADAQUANT = Recipe.preset("w4a8").replace(
