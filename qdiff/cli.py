@@ -129,8 +129,8 @@ def evaluate(
         named = candidate_names(candidates)
 
         from qdiff.evaluation import markdown
-        from qdiff.evaluation.evaluate import evaluate as run
         from qdiff.evaluation.processes import this_process
+        from qdiff.evaluation.run import evaluate as run
 
         items = prompt_items(prompts, assets or assets_dir(), limit)
         processes = this_process()

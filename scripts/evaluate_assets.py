@@ -32,8 +32,8 @@ from board.table import into_readme
 from diffusers import DiffusionPipeline
 
 import qdiff
+from qdiff.evaluation import evaluate
 from qdiff.evaluation.builtin_prompts import builtin_prompts
-from qdiff.evaluation.evaluate import evaluate
 from qdiff.evaluation.generation import Generation
 from qdiff.evaluation.measuring import row_folder
 from qdiff.evaluation.metrics import metric
@@ -56,6 +56,8 @@ STEPS, GUIDANCE = 20, 4.0
 def main() -> None:
     arguments = parse_arguments()
     processes = this_process()
+    # As the leaderboard computes: float32 convolutions in float32.
+    torch.backends.cudnn.allow_tf32 = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of calibration; what matters is in the report
         candidates = make_candidates(arguments, processes)
@@ -227,8 +229,8 @@ COLUMNS = (
     ("PSNR, dB", "psnr_db", "{:.2f}"),
     ("SSIM", "ssim", "{:.4f}"),
     ("LPIPS", "lpips_alex", "{:.4f}"),
-    ("FD to full precision", "fd_efficientnet_lite0", "{:.4f}"),
-    ("FD to the icons, change", f"{TO_ICONS}_change", "{:+.4f}"),
+    ("FD to full precision", "fd_efficientnet_lite0", "{:.2f}"),
+    ("FD to the icons, change", f"{TO_ICONS}_change", "{:+.2f}"),
     ("worst style, dB", "psnr_db_worst_group", "{:.2f}"),
     ("gap, dB", "psnr_db_group_gap", "{:.2f}"),
 )
@@ -244,7 +246,7 @@ def table(report: Report, candidates: Sequence[str] | dict[str, Any]) -> str:
         cells = [shown(found.get(key), pattern) for _, key, pattern in columns]
         lines.append(f"| {name} | {shown_bytes(found, reference)} | {' | '.join(cells)} |")
     if TO_ICONS in reference:
-        lines += ["", f"Full precision is {shown(reference[TO_ICONS], '{:.4f}')} from the real icons."]
+        lines += ["", f"Full precision is {shown(reference[TO_ICONS], '{:.2f}')} from the real icons."]
     return "\n".join(lines)
 
 

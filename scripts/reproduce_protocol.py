@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qdiff.cli import candidate_names
-from qdiff.evaluation.evaluate import evaluate
+from qdiff.evaluation import evaluate
 from qdiff.evaluation.generation import Generation, draw
 from qdiff.evaluation.markdown import markdown
 from qdiff.evaluation.processes import this_process

@@ -55,6 +55,14 @@ def _settings(part: Any) -> dict[str, str]:
 
 def _tensors(part: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(part, nn.Module):
-        yield from (
-            (key, tensor) for key, tensor in (*part.named_parameters(), *part.named_buffers()) if tensor.numel()
-        )
+        for key, tensor in (*part.named_parameters(), *part.named_buffers()):
+            yield from _plain(key, tensor)
+
+
+def _plain(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor, or those inside a tensor subclass, which may stand for values that it does not hold."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain(f"{key}.{name}", getattr(tensor, name))
+    elif tensor.numel():
+        yield key, tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -45,10 +45,26 @@ def paired_quality(
             f"expected {tuple(reference.shape)}; generate both with the same captions and size"
         )
     functional = _torchmetrics()
-    target, preds = reference.float(), candidate.float()
+    # float64: a GPU's float32 convolutions may round to TF32, which SSIM's differences of squares do not survive.
+    target, preds = reference.double(), candidate.double()
     psnr = functional.peak_signal_noise_ratio(preds, target, data_range=1.0, reduction="none", dim=(1, 2, 3))
-    ssim = functional.structural_similarity_index_measure(preds, target, data_range=1.0, reduction="none")
-    return PairedQuality(psnr=psnr.reshape(-1), ssim=ssim.reshape(-1))
+    ssim = structural_similarity(functional, preds, target)
+    return PairedQuality(psnr=psnr.reshape(-1).float(), ssim=ssim.float())
+
+
+def structural_similarity(
+    functional: Any, preds: Float[Tensor, "pictures 3 height width"], target: Float[Tensor, "pictures 3 height width"]
+) -> Float[Tensor, "pictures"]:
+    """SSIM by torchmetrics' `functional`, the mean over the three channels and over windows within the picture.
+
+    By itself torchmetrics also averages windows that reach over the border, into reflections; scikit-image and the
+    original do not, and neither does this.
+    """
+    _, windows = functional.structural_similarity_index_measure(
+        preds, target, data_range=1.0, reduction="none", return_full_image=True
+    )
+    border = SSIM_WINDOW // 2
+    return windows[:, :, border:-border, border:-border].mean((1, 2, 3))  # type: ignore[no-any-return]
 
 
 def _torchmetrics():  # type: ignore[no-untyped-def]  # a module

@@ -30,10 +30,12 @@ class AdaQuant(Rounding):
     AdaQuant (arXiv 2006.10518, equation 3), on inputs X_q that carry the quantization of all layers before ("sequential
     AdaQuant"), or on X itself. Unlike AdaRound, a weight may move by more than one step.
 
-    What differs here: multipliers stay as first fitted, a scale a row is learned. Steps of activations are the
-    activation range's business and not learned; the bias is `bias_correction`'s. Rows of every timestep count alike. A
-    quarter of the rows is not fitted to, and picks the best iteration, the start (nearest) among them. Adam goes
-    without momentum: with it, codes go to and fro (error over nearest on emoji-sd's linear layers: 0.75, and 0.64
+    What differs here: multipliers stay as first fitted, a scale a row is learned. The paper's third unknown, the step
+    of the activations, is not learned: steps are the activation range's, which measures them on all inputs and not on
+    some hundred rows, and mostly there is not one step to learn but one a token or a timestep; a rounding that wrote
+    them too would take the range's place in the recipe. The bias is `bias_correction`'s. Rows of every timestep count
+    alike. A quarter of the rows is not fitted to, and picks the best iteration, the start (nearest) among them. Adam
+    goes without momentum: with it, codes go to and fro (error over nearest on emoji-sd's linear layers: 0.75, and 0.64
     without it).
 
     sequential:    needs "carried" of calibration: layers are quantized one block after the other.

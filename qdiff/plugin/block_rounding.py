@@ -43,6 +43,10 @@ class Reconstruction:
     any rounding), and noise to the gradients. A quarter of the calls is not learned from, and chooses between the codes
     before and after. Steps of activations stay as they are.
 
+    Measured on emoji-dit (W4A8, 40 steps, 16 calls of 2 samples): no block came out better on the calls held out than
+    layer by layer, where every layer's loss is exact over the whole calibration; so all kept their codes. Where layers
+    are rounded less well, blocks gain (a quarter of the error and more, on two layers of 3 bits close to the nearest).
+
     Law: on the calls held out, a block's loss is never above that of the codes chosen layer by layer.
     """
 

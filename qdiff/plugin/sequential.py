@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from qdiff.calibration import LayerStatistics, Samples, Statistics, collect
 from qdiff.denoising import StepTracker
 from qdiff.layers import QuantizedWeights
-from qdiff.methods import Rounding, draft_layer, needs_of, resolve
+from qdiff.methods import Draft, Rounding, draft_layer, needs_of, resolve
 from qdiff.plugin.block_rounding import Reconstruction
 from qdiff.plugin.blocks import blocks_of
 from qdiff.plugin.calls import Call, StopError
@@ -37,9 +37,9 @@ def quantize_in_order(
     """The quantized form of every planned layer, made stage by stage in the order in which the denoiser runs them.
 
     Layers whose methods need "carried" get, in place of their samples, rows of the recorded calls twice: as they are in
-    full precision, and as they arrive when the stages before are quantized. A stage is an entry of a module list of
-    the denoiser, or one of its other children; or a block (`blocks_of`), where the rounding of its layers asks for
-    steps in common.
+    full precision, and as they arrive when the stages before are quantized; rows at a timestep that the statistics do
+    not have count for the nearest. A stage is an entry of a module list of the denoiser, or one of its other children;
+    or a block (`blocks_of`), where the rounding of its layers is to be learned in common.
 
     The denoiser is in the end, and on any error, as it was. It should be the case that the same arguments give the same
     bytes.
@@ -73,14 +73,18 @@ def quantize_in_order(
             # Layers that the recorded call does not run come last: nothing else waits for them.
             for stage in [*stages, [name for name in plans if not any(name in stage for stage in stages)]]:
                 arriving = _rows(denoiser, {name: carried[name] for name in stage if name in exact}, calls, seed)
-                drafts = {}
+                drafts: dict[str, Draft] = {}
                 for name in stage:
                     seen = statistics.layers.get(name)
                     if seen is not None and name in arriving:
                         seen = _with_carried(seen, exact[name], arriving[name])
-                    drafts[name] = draft_layer(plans[name], denoiser.get_submodule(name), seen)
+                    draft = draft_layer(plans[name], denoiser.get_submodule(name), seen)
+                    if name in block_of:
+                        drafts[name] = draft
+                    else:
+                        replacements[name] = finish(plans[name], denoiser.get_submodule(name), draft.finished())
                     bar.update()
-                codes = reconstruction.learn(block_of[stage[0]], drafts) if stage and stage[0] in block_of else {}
+                codes = reconstruction.learn(block_of[stage[0]], drafts) if drafts else {}
                 for name, draft in drafts.items():
                     weights = draft.finished(codes.get(name))
                     replacements[name] = finish(plans[name], denoiser.get_submodule(name), weights)

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from qdiff.evaluation.evaluate import evaluate
+from qdiff.evaluation import evaluate
 from qdiff.evaluation.prompts import Item
 from qdiff.evaluation.sources import source_of
 

@@ -1,3 +1,6 @@
+import shutil
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -41,9 +44,12 @@ def test_a_folder_is_measured_in_a_fresh_process(tiny_sd, tmp_path):
     assert 1e8 < costs.samples["resident_memory_bytes"][0] <= costs.samples["peak_memory_bytes"][0] < 2e9
     sizes = sum(path.stat().st_size for path in (tmp_path / "pipe").rglob("*") if path.is_file())
     assert costs.samples["disk_bytes"] == [sizes]
-    broken = PipelineSource("broken", tmp_path / "pipe" / "unet")
-    with pytest.raises(RuntimeError, match="measuring the cost of broken failed with exit code 1"):
-        costs_of_folder(broken, items_of(["red cat"]), GENERATION, CPU)
+
+
+def test_a_fresh_process_that_dies_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(RuntimeError, match="measuring the cost of it failed with exit code 1"):
+        costs_of_folder(PipelineSource("it", tmp_path), items_of(["red cat"]), GENERATION, CPU)
 
 
 def test_operations_are_counted_once_and_the_same_when_quantized(quantized_once):

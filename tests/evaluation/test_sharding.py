@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qdiff.evaluation import Report, drawing
-from qdiff.evaluation.evaluate import evaluate
+from qdiff.evaluation import Report, drawing, evaluate
+from qdiff.evaluation.pictures import PictureStore
 from qdiff.evaluation.rows import read_rows
 
 FORK = multiprocessing.get_context("fork")
@@ -113,8 +113,6 @@ def test_a_killed_run_goes_on_where_it_was(pipes, tmp_path, monkeypatch, batch):
 
 
 def test_an_error_in_the_background_ends_the_run_and_keeps_what_was_done(pipes, tmp_path, monkeypatch):
-    from qdiff.evaluation.pictures import PictureStore
-
     write, written = PictureStore.write, []
 
     def full_after_three(store, key, pixels, *, finite=True):

@@ -91,8 +91,8 @@ def test_gradient_passes_rounding_and_ends_where_activations_are_clipped():
     opened.matrix = draft.rounded.dequantize().requires_grad_()
     x.requires_grad_()
     with torch.enable_grad():
-        y = opened(x)
-    slope_x, slope_matrix = torch.autograd.grad(y.sum(), [x, opened.matrix])
+        total = opened(x).sum()
+    slope_x, slope_matrix = torch.autograd.grad(total, [x, opened.matrix])
     step = draft.act_scales[0, 0]
     codes = (x.detach() / step).clamp(-127, 127)
     inside = (x.detach() / step).abs() < 127

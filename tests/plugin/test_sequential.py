@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdiff import Recipe, load, save
+from qdiff import Calibration, Recipe, load, save
 from qdiff.plugin import sequential
 from qdiff.plugin.calls import CALLS, Call, CallRecorder
 from qdiff.recipe import MethodSpec
@@ -84,6 +84,30 @@ def test_rows_arrive_through_quantized_layers(tiny, quantize, monkeypatch):
     assert (
         sum(error > 1e-3 for error in errors) > len(errors) / 4
     )  # a tiny DiT has two blocks, and only one sees another
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "normal"])
+def test_rows_of_steps_that_are_not_sampled_count_for_the_nearest_that_is(tiny_dit, quantize, monkeypatch, sampling):
+    pipe, seen = tiny_dit(), []
+    inner = sequential._with_carried
+
+    def spy(statistics, exact, arriving):
+        seen.append((exact, inner(statistics, exact, arriving)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(sequential, "_with_carried", spy)
+    calibration = Calibration([1, 7], steps=6, sampling=sampling, sampled_steps=2)
+    quantize(pipe, recipe=ADAQUANT.replace(all_timesteps=()), calibration=calibration)
+    for exact, statistics in seen:
+        assert len(statistics.timesteps) == 2
+        assert len(exact.timesteps) == 6
+        for rows, own in ((statistics.samples, exact.samples), (statistics.carried, exact.samples)):
+            actual = exact.timesteps[own.timesteps]
+            taken = statistics.timesteps[rows.timesteps]
+            other = statistics.timesteps[1 - rows.timesteps]
+            assert ((actual - taken).abs() <= (actual - other).abs()).all()
+            assert rows.timesteps.unique().tolist() == [0, 1]
+    assert seen
 
 
 def test_full_round_trip(tiny, quantize, generate, tmp_path):

@@ -16,6 +16,7 @@ from qdiff.evaluation.metrics.finite import finite_rows, left_out
 from qdiff.evaluation.metrics.packages import optional, package
 from qdiff.evaluation.metrics.per_picture import INTERVAL, PerPicture
 from qdiff.evaluation.metrics.registry import register
+from qdiff.evaluation.paired import SSIM_WINDOW, structural_similarity
 from qdiff.evaluation.report import Record
 
 if TYPE_CHECKING:
@@ -103,13 +104,9 @@ class Psnr(_Pixels):
 
 @dataclass(frozen=True)
 class Ssim(_Pixels):
-    """Structural similarity (Wang et al. 2004), mean over the three channels and over windows within the picture.
+    """Structural similarity (Wang et al. 2004), mean over the three channels and over windows within the picture."""
 
-    torchmetrics by itself also averages windows that reach over the border, into reflections; scikit-image and the
-    original do not, and neither does this.
-    """
-
-    minimum_side = 11
+    minimum_side = SSIM_WINDOW
     settings: ClassVar[dict[str, str]] = {"window": WINDOW, "channels": "mean of R, G, B", "border": "left out"}
 
     @property
@@ -117,10 +114,7 @@ class Ssim(_Pixels):
         return "ssim"
 
     def _measure(self, functional: Any, preds: Tensor, target: Tensor) -> Float64[Tensor, "B"]:
-        settings = {"data_range": 1.0, "reduction": "none", "return_full_image": True}
-        _, windows = functional.structural_similarity_index_measure(preds, target, **settings)
-        border = self.minimum_side // 2
-        return windows[:, :, border:-border, border:-border].mean((1, 2, 3))
+        return structural_similarity(functional, preds, target)
 
 
 @dataclass(frozen=True)
