@@ -24,7 +24,7 @@ def test_output_before_rounding_is_unchanged(bench, layer):
 
 def test_is_the_best_point_of_the_papers_grid(bench, linear):
     """Equation 5 by hand: every power of mean |X|, rounded, on the output; activations float, as in the paper."""
-    state = state_of(bench, linear, activation_bits=16)
+    state = state_of(bench, linear, outliers=20.0, activation_bits=16)
     x, w = state.inputs(), state.weight.clone()
     balance = state.balance()
     found = []

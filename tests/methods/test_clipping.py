@@ -25,7 +25,7 @@ def state_of(bench, layer, **changes):
 
 @pytest.mark.parametrize("granularity", ["channel", "tensor", "group"])
 def test_lessens_the_error_of_min_max_ranges(bench, layer, granularity):
-    state = state_of(bench, layer, weight=WeightSpec(4, 16, granularity), rounding=MINMAX)
+    state = state_of(bench, layer, weight=WeightSpec(4, 32, granularity), rounding=MINMAX)
     target = state.inputs() @ state.weight.T * state.balance()
 
     def error():
