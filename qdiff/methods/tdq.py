@@ -33,7 +33,8 @@ class TDQ(ActivationRange):
     timesteps, at no cost.
 
     Differences: s(t) is learned in units of the static step, where it starts (the paper sets the last bias to that
-    step; here the last weights are zero too, so that the start is exact); t runs from 0 to 1000 over the calibrated
+    step; here the last weights are zero too, so that the start is exact); for the first half it is led to the measured
+    step of each timestep, because the gradient alone stays in the valley of the static one; t runs from 0 to 1000 over the calibrated
     range, whatever the scheduler's units; what is reconstructed is the layer's own input, each error weighted as the
     layer's weight amplifies it, and each timestep by its relative error, where the paper trains all layers towards
     their output. The input is that of the measured histograms: few samples miss the outliers (on emoji-dit with 6-bit
@@ -61,26 +62,32 @@ class TDQ(ActivationRange):
     def scales(self, state: LayerState) -> Float[Tensor, "T S"]:
         levels, table = state.plan.activation_levels, state.measured_steps(Estimator("mse"), per_timestep=False)[0]
         histograms, columns = state.input_histograms(per_timestep=True), []
-        timesteps = state.calibrated().timesteps.cpu()
-        for histogram, start in zip(histograms, table.cpu()):
-            columns.append(start * self._learn(Reconstruction.of(histogram, start, levels), timesteps))
+        timesteps, measured = state.calibrated().timesteps.cpu(), self.preview(state).cpu().unbind(1)
+        for histogram, start, target in zip(histograms, table.cpu(), measured):
+            problem = Reconstruction.of(histogram, start, levels)
+            columns.append(start * self._learn(problem, timesteps, target / start))
         return torch.stack(columns, 1).to(state.weight.device)
 
     def preview(self, state: LayerState) -> Float[Tensor, "T S"]:
         """The measured table: what the network comes close to."""
         return state.measured_steps(Estimator("mse"), per_timestep=True)
 
-    def _learn(self, problem: Reconstruction, timesteps: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
+    def _learn(
+        self, problem: Reconstruction, timesteps: Float[Tensor, " T"], measured: Float[Tensor, " T"]
+    ) -> Float[Tensor, " T"]:
         features, network = encoded(timesteps), _network()
         optimizer = torch.optim.Adam(network.parameters(), lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.iterations)
         best, least = torch.ones_like(timesteps), math.inf
-        for _ in range(self.iterations):
+        for iteration in range(self.iterations):
             with torch.enable_grad():
                 steps = network(features)[:, 0]
-            error, gradient = problem.error(steps.detach())
+            found = steps.detach()
+            error, gradient = problem.error(found)
             if float(error) < least:
-                best, least = steps.detach().clone(), float(error)
+                best, least = found.clone(), float(error)
+            if 2 * iteration < self.iterations:
+                gradient = (found / measured).log() / found  # of half the squared distance of the logarithms
             optimizer.zero_grad()
             steps.backward(gradient)
             optimizer.step()

@@ -58,13 +58,6 @@ def test_images_stay_close_to_full_precision(tiny, quantize, generate):
     assert 0 < error < 0.1
 
 
-@pytest.mark.parametrize("recipe", ["w4a8", "w8a8", "w4a16", "naive", "w4a8-static"])
-def test_every_preset_makes_finite_images(tiny, recipe, quantize, generate):
-    images = generate(quantize(tiny(), recipe=recipe))
-    assert torch.isfinite(images).all()
-    assert images.std() > 0
-
-
 def test_same_pipeline_and_seed_give_the_same_bytes(tiny, quantize):
     states = [denoiser_of(quantize(tiny(), seed=3)).state_dict() for _ in range(2)]
     assert states[0].keys() == states[1].keys()
