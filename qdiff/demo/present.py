@@ -136,7 +136,7 @@ def error_chart(result: ModelResult) -> str:
     series = {name: [100 * error for error in variant.error.steps] for name, variant in result.variants.items()}
     return line_chart(
         series,
-        title=f"{result.name}: the denoiser's own error on the same inputs",
+        title=f"{result.name}: the denoiser alone, same inputs",
         x_label="denoising step",
         y_label="relative error, %",
     )

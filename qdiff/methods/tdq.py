@@ -34,12 +34,12 @@ class TDQ(ActivationRange):
 
     Differences: s(t) is learned in units of the static step, where it starts (the paper sets the last bias to that
     step; here the last weights are zero too, so that the start is exact); for the first half it is led to the measured
-    step of each timestep, because the gradient alone stays in the valley of the static one; t runs from 0 to 1000 over the calibrated
-    range, whatever the scheduler's units; what is reconstructed is the layer's own input, each error weighted as the
-    layer's weight amplifies it, and each timestep by its relative error, where the paper trains all layers towards
-    their output. The input is that of the measured histograms: few samples miss the outliers (on emoji-dit with 6-bit
-    activations, a table learned from samples was worse than a static step). No dropout: the table is read where it was
-    trained.
+    step of each timestep, because the gradient of the error alone stays near the static one; t runs from 0 to 1000 over
+    the calibrated range, whatever the scheduler's units; what is reconstructed is the layer's own input, each error
+    weighted as the layer's weight amplifies it, and each timestep by its relative error, where the paper trains all
+    layers towards their output. The input is that of the measured histograms: few samples miss the outliers (on
+    emoji-dit with 6-bit activations, a table learned from samples was worse than a static step). No dropout: the table
+    is read where it was trained.
 
     iterations, learning_rate:  of Adam; the rate falls to zero along half a cosine.
     Law: never worse than the static step on what was measured.
