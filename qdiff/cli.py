@@ -69,7 +69,7 @@ def quantize(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Calibration prompts (or class labels), one a line; built-in ones by default."),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps of the calibration.", min=1)] = 20,
+    steps: Annotated[int, typer.Option(help="Denoising steps of the calibration.", min=1)] = 10,
     seed: SeedOption = 0,
     device: Annotated[str, typer.Option(help="Where to calibrate: cpu, cuda, cuda:1 ...")] = "cpu",
     store: Annotated[Precision, typer.Option(help="How to store what is not quantized.")] = Precision.float16,

@@ -1,3 +1,4 @@
+import inspect
 import json
 import math
 import shutil
@@ -7,7 +8,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from qdiff import cli
+from qdiff import Calibration, cli
 from qdiff.evaluation import Report
 from qdiff.plugin.verify import Check, Difference
 from qdiff.recipe import Recipe
@@ -46,6 +47,10 @@ def test_a_pipeline_is_quantized_saved_and_summarized(folder):
     assert summary.exit_code == 0, summary.output
     assert "w4a8" in summary.output
     assert "conv_in" in summary.output
+
+
+def test_calibration_is_as_long_as_in_python():
+    assert inspect.signature(cli.quantize).parameters["steps"].default == Calibration().steps
 
 
 def test_a_recipe_comes_from_a_file_too(folder):

@@ -51,8 +51,7 @@ class DemoSettings:
 
     count: pictures a model.  replayed: pictures whose denoiser calls are recorded and replayed through the quantized
     denoisers (the relative error has little variance: four pictures times twenty steps settle its first two digits).
-    calibration: of both recipes; ten steps rather than the default twenty keep the whole demo under four minutes on two
-    cores.
+    calibration: of both recipes.
     """
 
     assets: Path
@@ -62,7 +61,7 @@ class DemoSettings:
     guidance: float = 4.0
     seed: int = 0
     replayed: int = 4
-    calibration: Calibration = field(default_factory=lambda: Calibration(steps=10))
+    calibration: Calibration = field(default_factory=Calibration)
 
     def __post_init__(self) -> None:
         for name in ("count", "steps", "replayed"):
