@@ -6,14 +6,13 @@ A metric turns pictures into rows of numbers (`rows`) and all rows into records 
 from qdiff.evaluation.metrics import (  # noqa: F401  # each registers its metrics
     clip_score,
     dinov2,
-    frechet,
     image_reward,
     inception_score,
-    kernel,
     perceptual,
     pick_score,
     pixels,
     precision_recall,
+    set_distances,
 )
 from qdiff.evaluation.metrics.contract import Metric
 from qdiff.evaluation.metrics.features import Features

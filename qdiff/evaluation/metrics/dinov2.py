@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from qdiff.evaluation.metrics.features import Features
-from qdiff.evaluation.metrics.frechet import FrechetDistance
-from qdiff.evaluation.metrics.kernel import KernelDistance
 from qdiff.evaluation.metrics.packages import optional, package
 from qdiff.evaluation.metrics.precision_recall import PrecisionRecall
 from qdiff.evaluation.metrics.registry import register
@@ -70,16 +68,6 @@ def dinov2(weights: Weights, device: torch.device, used_by: str) -> DinoV2:
     """Return the extractor with the published weights; raises as `Weights.repository` does."""
     optional("cleanfid", used_by)
     return DinoV2(weights.repository(MODEL, used_by), device)
-
-
-@register("fd-dinov2")
-def _frechet(weights: Weights, device: torch.device) -> FrechetDistance:
-    return FrechetDistance(dinov2(weights, device, "fd-dinov2"))
-
-
-@register("kd-dinov2")
-def _kernel(weights: Weights, device: torch.device) -> KernelDistance:
-    return KernelDistance(dinov2(weights, device, "kd-dinov2"))
 
 
 @register("precision-recall-dinov2")

@@ -8,19 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from qdiff.evaluation.bootstrap import shifted_interval
-from qdiff.evaluation.metrics.efficientnet import efficientnet_lite0
 from qdiff.evaluation.metrics.finite import left_out
 from qdiff.evaluation.metrics.gaussian_influence import influences
-from qdiff.evaluation.metrics.inception import RESIZES, inception, random_inception
 from qdiff.evaluation.metrics.of_features import OfFeatures
 from qdiff.evaluation.metrics.packages import optional, package
-from qdiff.evaluation.metrics.registry import register
 from qdiff.evaluation.metrics.statistics import Statistics
 from qdiff.evaluation.report import Record
-from qdiff.evaluation.weights import Weights
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float32
@@ -93,25 +88,3 @@ def _over_all(influence: np.ndarray, kept: Bool[np.ndarray, "n"]) -> np.ndarray:
     spread = np.zeros(len(kept))
     spread[kept] = (influence - influence.mean()) * (len(kept) / kept.sum())
     return spread
-
-
-def _register_fid(mode: str) -> None:
-    name = "fid" if mode == "clean" else f"fid-{mode.replace('_', '-')}"
-
-    @register(name)
-    def fid(weights: Weights, device: torch.device) -> FrechetDistance:
-        return FrechetDistance(inception(weights, device, name, mode))
-
-
-for _mode in RESIZES:
-    _register_fid(_mode)
-
-
-@register("fd-efficientnet-lite0")
-def _efficientnet(weights: Weights, device: torch.device) -> FrechetDistance:
-    return FrechetDistance(efficientnet_lite0(device))
-
-
-@register("fd-inception-random")
-def _random(weights: Weights, device: torch.device) -> FrechetDistance:
-    return FrechetDistance(random_inception(weights, device, "fd-inception-random"))

@@ -11,14 +11,10 @@ import numpy as np
 import torch
 
 from qdiff.evaluation.bootstrap import shifted_interval
-from qdiff.evaluation.metrics.efficientnet import efficientnet_lite0
 from qdiff.evaluation.metrics.finite import ROWS_AT_ONCE, left_out
-from qdiff.evaluation.metrics.inception import RESIZES, inception, random_inception
 from qdiff.evaluation.metrics.of_features import OfFeatures
 from qdiff.evaluation.metrics.packages import optional, package
-from qdiff.evaluation.metrics.registry import register
 from qdiff.evaluation.report import Record
-from qdiff.evaluation.weights import Weights
 
 if TYPE_CHECKING:
     from jaxtyping import Float32, Float64
@@ -110,25 +106,3 @@ def _compact(rows: np.ndarray, kept: np.ndarray) -> np.ndarray:
 def _tensor(rows: np.ndarray) -> torch.Tensor:
     """A view of the rows; a read-only memory map is copied, because torch has no read-only tensors."""
     return torch.from_numpy(rows if rows.flags.writeable else np.array(rows))
-
-
-def _register_kid(mode: str) -> None:
-    name = "kid" if mode == "clean" else f"kid-{mode.replace('_', '-')}"
-
-    @register(name)
-    def kid(weights: Weights, device: torch.device) -> KernelDistance:
-        return KernelDistance(inception(weights, device, name, mode))
-
-
-for _mode in RESIZES:
-    _register_kid(_mode)
-
-
-@register("kd-efficientnet-lite0")
-def _efficientnet(weights: Weights, device: torch.device) -> KernelDistance:
-    return KernelDistance(efficientnet_lite0(device))
-
-
-@register("kd-inception-random")
-def _random(weights: Weights, device: torch.device) -> KernelDistance:
-    return KernelDistance(random_inception(weights, device, "kd-inception-random"))
