@@ -14,7 +14,7 @@
 //   OUT        results: 0 float32, or the integers themselves, 1 half, 2 bfloat16
 //   ELEMENTS   1: results are stored one by one (always with OUT 0); 0: by the copy engine, from shared memory
 //   EXTRAS     1: with a shift or a residual
-//   SPLIT      blocks (a cluster) that share the K axis of one tile and add up their integers
+//   SPLIT      blocks (a cluster) that share the K axis of one tile; each then adds up the integers of some of its tokens
 //   STAGES     depth of the pipeline, 128 of K each
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -28,8 +28,8 @@
 
 constexpr int kFeatures = 128;  // of a tile, 64 a warpgroup
 constexpr int kProducerRegisters = SPLIT > 1 ? 56 : 40;  // a thread; the consumers have the rest of 512
-constexpr int kChunk = TOKENS < 32 || EXTRAS || (ELEMENTS && RANK) ? 16 : 32;  // tokens of a step of the epilogue
-constexpr int kStored = TOKENS > 192 ? 64 : TOKENS;       // tokens that the copy engine stores at once
+constexpr int kChunk = TOKENS < 32 || EXTRAS || (ELEMENTS && RANK) || SPLIT > 1 ? 16 : 32;  // tokens of a step of the epilogue
+constexpr int kStored = SPLIT > 1 ? kChunk : TOKENS > 192 ? 64 : TOKENS;  // tokens that the copy engine stores at once
 constexpr int kStoreBytes = ELEMENTS ? 0 : kStored * 128;  // of a warpgroup's
 constexpr int kWeightRow = WEIGHT == 8 ? 128 : 64;  // bytes of a weight row in a stage of 128
 constexpr int kWeightBytes = kFeatures * kWeightRow;
@@ -37,14 +37,24 @@ constexpr int kInputBytes = TOKENS * 128;
 constexpr int kStageBytes = kWeightBytes + kInputBytes;
 constexpr int kMultiplierBytes = WEIGHT == 4 ? 4 * kFeatures : 0;  // of a stage: one for each row and block of 32
 constexpr int kMaxSegments = 4;
+// Of segments that are complete, the sums are in registers where there are enough, or else in the workspace.
+constexpr bool kKeepsSums = SEGMENTED && TOKENS <= (WEIGHT == 5 ? 96 : 128);
+constexpr int kUnderWay = kKeepsSums && TOKENS > 96 ? 2 : 4;  // products of a warpgroup at a time
 constexpr int kLowRow = 64;  // bytes of a row of the low-rank branch in a stage, 32 of its rank
 constexpr int kAccumulators = TOKENS / 2;
 constexpr int kScaled = SEGMENTED || SPLIT > 1 ? kMaxSegments : 1;  // segments whose scales are looked at
 constexpr int kTable = (kScaled + (ELEMENTS || EXTRAS ? 2 : 0)) * TOKENS;  // words of a warpgroup's tables
 constexpr int kScales = (TOKENS + 127) / 128;
-// In shared memory, after the stages and what is stored: the tables, the barriers, the multipliers.
+// With SPLIT, what the blocks exchange is where the stages were, and the low-rank branch comes after it.
+constexpr int kExchanged = TOKENS * kFeatures * 4;
+constexpr int kLowBytes = (kFeatures + TOKENS) * kLowRow;  // of 32 of the rank
+static_assert(SPLIT == 1 || kExchanged + RANK * kLowBytes <= STAGES * kStageBytes, "no room to exchange");
+// In shared memory, after the stages and what is stored: the tables, the barriers (of each stage two, and with SPLIT one of
+// the low-rank branch), the multipliers.
 constexpr int kTables = STAGES * kStageBytes + 2 * kStoreBytes;
 constexpr int kBarriers = kTables + 2 * kTable * 4;
+constexpr int kLowBarrier = kBarriers + 16 * STAGES;
+constexpr int kMultipliers = kLowBarrier + (SPLIT > 1 ? 8 : 0);
 
 struct Params {
     TensorMap weight, input, up, low, out;
@@ -60,6 +70,7 @@ struct Params {
     int features, images, height, width;  // of the output
     int kernel_w, taps, stride_h, stride_w, padding_h, padding_w;
     int segments, channels[kMaxSegments];
+    int parts[kMaxSegments];  // with SPLIT: blocks of each segment, SPLIT in all
     int box_w, box_h, box_n;  // a tile's pixels are a box of columns, rows and images; so are kStored of them
     int tiles_w, tiles_h, feature_tiles, tiles;
     int rows_per_scale, is_image;
@@ -104,10 +115,10 @@ struct Share {
     __device__ explicit Share(const Params& p) {
         first_segment = 0, end_segment = p.segments, part = 0, parts = 1;
         if (SPLIT > 1) {
-            parts = SPLIT / p.segments;
-            first_segment = cluster_rank() / parts;
+            part = cluster_rank();
+            while (part >= p.parts[first_segment]) part -= p.parts[first_segment++];
+            parts = p.parts[first_segment];
             end_segment = first_segment + 1;
-            part = cluster_rank() % parts;
         }
     }
     __device__ void stages(const Params& p, int segment, int& first, int& end) const {
@@ -188,7 +199,7 @@ __device__ __forceinline__ void produce(const Params& p, unsigned stages, unsign
                 ring.next();
             }
         }
-        if (RANK && (SPLIT == 1 || cluster_rank() == 0)) {
+        if (RANK && SPLIT == 1) {
             for (int r = 0; r < RANK; ++r) {
                 const unsigned at = stages + ring.stage * kStageBytes, bar = full + 8 * ring.stage;
                 acquire((INPUT ? TOKENS : kFeatures) * kLowRow);
@@ -264,7 +275,7 @@ __device__ __forceinline__ void produce_multipliers(const Params& p, unsigned wo
                 ring.next();
             }
         }
-        if (RANK && (SPLIT == 1 || cluster_rank() == 0))
+        if (RANK && SPLIT == 1)
             for (int r = 0; r < RANK; ++r) {
                 barrier_wait(empty + 8 * ring.stage, ring.phase);
                 if (lane % 32 == 0) barrier_arrive(full + 8 * ring.stage);
@@ -304,11 +315,14 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
     int* const images = pixels + TOKENS;
     // Where this thread's words are: rows of 64 or 128 bytes, whose pieces of 16 the copy engine has swapped.
     const int my_weights = (group * 64 + row) * kWeightRow + 2 * pair, turn = (WEIGHT == 8 ? row & 7 : row >> 1 & 3) << 4;
-    const int my_multipliers = kBarriers + 16 * STAGES + 4 * (group * 64 + row);
+    const int my_multipliers = kMultipliers + 4 * (group * 64 + row);
     // Results on their way to the copy engine: rows of 64 features, whose pieces of 16 bytes are swapped.
     const unsigned store = stages + STAGES * kStageBytes + group * kStoreBytes;
     const unsigned my_store = (lane / 16 * 8 + lane % 8) * 128 + ((2 * (warp % 4) + lane / 8 % 2) ^ lane % 8) * 16;
     float4* const partial = p.partial + static_cast<long long>(2 * blockIdx.x + group) * (kAccumulators / 4) * 128 + threadIdx.x % 128;
+    // Integers on their way to the cluster's other blocks: of four accumulators after the other, 16 bytes a thread.
+    const unsigned exchanged = threadIdx.x * 16;
+    constexpr unsigned kStep = 256 * 16;
     Ring ring{0, 0};
     auto release = [&](int s) {
         __syncwarp();  // the arrival is of the other lanes' reads as well
@@ -317,9 +331,8 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
     for (int index = blockIdx.x / SPLIT; index < p.tiles; index += gridDim.x / SPLIT) {
         const Tile tile(p, index);
         const int first_feature = tile.feature + group * 64;
-        const bool last = SPLIT == 1 || cluster_rank() == 0;
         unsigned acc[kAccumulators];
-        float sum[SPLIT > 1 ? kAccumulators : 4];  // of the segments that are complete
+        float sum[kKeepsSums ? kAccumulators : 4];  // of the segments that are complete
 
         if (first_feature >= p.features) {  // nothing of this warpgroup's is in the output: keep the pipeline going
             for (int segment = share.first_segment; segment < share.end_segment; ++segment) {
@@ -331,7 +344,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                     ring.next();
                 }
             }
-            if (RANK && last)
+            if (RANK && SPLIT == 1)
                 for (int r = 0; r < RANK; ++r) {
                     barrier_wait(full + 8 * ring.stage, ring.phase);
                     release(ring.stage);
@@ -398,7 +411,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 for (int block = 0; WEIGHT != 8 && block < 4; ++block) words[block][i] = word_at(ring.stage, i, block);
             }
         };
-        unsigned fragments[4][4];
+        unsigned fragments[kUnderWay][4];
         auto unpack = [&](int block, int blocks, int stage) {
             const bool live = WEIGHT == 4 || block < blocks;
 #pragma unroll
@@ -412,17 +425,21 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                     lo = word_at(stage, i, 2 * block);
                     hi = word_at(stage, i, 2 * block + 1);
                 }
-                fragments[block][i] = live ? lo : 0;
-                fragments[block][2 + i] = live ? hi : 0;
+                fragments[block % kUnderWay][i] = live ? lo : 0;
+                fragments[block % kUnderWay][2 + i] = live ? hi : 0;
             }
         };
 
-        // Four accumulators times their tokens' scales.
-        auto scaled = [&](int j, int segment) {
+        // Four integers, from the accumulator j on, times their tokens' scales.
+        auto scaled = [&](const uint4& integers, int j, int segment) {
             const float* at = scales + segment * TOKENS + 8 * (j / 4) + pair;
             const float low = at[0], high = at[1];
-            return make_float4(__fmul_rn(to_float(acc[j]), low), __fmul_rn(to_float(acc[j + 1]), high),
-                               __fmul_rn(to_float(acc[j + 2]), low), __fmul_rn(to_float(acc[j + 3]), high));
+            return make_float4(__fmul_rn(to_float(integers.x), low), __fmul_rn(to_float(integers.y), high),
+                               __fmul_rn(to_float(integers.z), low), __fmul_rn(to_float(integers.w), high));
+        };
+        auto four = [&](int j) { return make_uint4(acc[j], acc[j + 1], acc[j + 2], acc[j + 3]); };
+        auto sum_before = [&](int j) {
+            return kKeepsSums ? make_float4(sum[j], sum[j + 1], sum[j + 2], sum[j + 3]) : partial[j / 4 * 128];
         };
 
         bool add = false;
@@ -441,12 +458,13 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 const unsigned long long desc = tile_descriptor(stages + ring.stage * kStageBytes + kWeightBytes);
 #pragma unroll
                 for (int block = 0; block < 4; ++block) {
-                    wgmma_wait<3>();
+                    wgmma_wait<kUnderWay - 1>();
                     unpack(block, blocks, ring.stage);
+                    unsigned(&fragment)[4] = fragments[block % kUnderWay];
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) settled(fragments[block][e]);
+                    for (int e = 0; e < 4; ++e) settled(fragment[e]);
                     wgmma_fence();
-                    wgmma_s8(acc, fragments[block], desc + 2 * block, add || block > 0);
+                    wgmma_s8(acc, fragment, desc + 2 * block, add || block > 0);
                     wgmma_commit();
                 }
                 if (i > first) release(before);
@@ -461,9 +479,12 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 if (segment == 0) share_tables();
 #pragma unroll
                 for (int j = 0; j < kAccumulators; j += 4) {
-                    float4 sum = scaled(j, segment);
-                    if (segment > 0) sum = add4(partial[j / 4 * 128], sum);
-                    partial[j / 4 * 128] = sum;
+                    float4 y = scaled(four(j), j, segment);
+                    if (segment > 0) y = add4(sum_before(j), y);
+                    if (kKeepsSums)
+                        sum[j] = y.x, sum[j + 1] = y.y, sum[j + 2] = y.z, sum[j + 3] = y.w;
+                    else
+                        partial[j / 4 * 128] = y;
                 }
             }
         }
@@ -474,45 +495,26 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                     for (int j = 0; j < kAccumulators; ++j) acc[j] = 0;
             }
             named_barrier(3, 256);  // the other warpgroup, too, has read what it needs of the pipeline's buffers
-            // They carry the integers to the first block.
-            static_assert(SPLIT == 1 || kAccumulators * 128 * 4 * 2 <= STAGES * kStageBytes, "no room to exchange");
-            const unsigned mine = stages + (group * 128 + threadIdx.x % 128) * 16;
-            constexpr unsigned kStep = 256 * 16;
-            if (!last) {
-#pragma unroll
-                    for (int j = 0; j < kAccumulators; j += 4)
-                        *reinterpret_cast<uint4*>(shared + (mine - stages) + j / 4 * kStep) =
-                            make_uint4(acc[j], acc[j + 1], acc[j + 2], acc[j + 3]);
-            }
-            cluster_sync();
-            if (last) {
-                if (p.segments > 1) share_tables();
-                for (int rank = 1; rank < SPLIT; ++rank) {
-                    const unsigned theirs = cluster_address(mine, rank);
-                    const int segment = rank / share.parts;
-                    const bool begins = !p.is_integer && rank % share.parts == 0;
-#pragma unroll
-                    for (int j = 0; j < kAccumulators; j += 4) {
-                        const uint4 v = load_cluster(theirs + j / 4 * kStep);
-                        if (begins) {  // a new segment: the one before it is complete
-                            float4 part = scaled(j, segment - 1);
-                            if (segment > 1) part = add4(make_float4(sum[j], sum[j + 1], sum[j + 2], sum[j + 3]), part);
-                            sum[j] = part.x, sum[j + 1] = part.y, sum[j + 2] = part.z, sum[j + 3] = part.w;
-                            acc[j] = v.x, acc[j + 1] = v.y, acc[j + 2] = v.z, acc[j + 3] = v.w;
-                        } else {
-                            acc[j] += v.x, acc[j + 1] += v.y, acc[j + 2] += v.z, acc[j + 3] += v.w;
-                        }
-                    }
+            if (RANK && threadIdx.x == 0) {
+                const unsigned at = stages + kExchanged, bar = stages + kLowBarrier;
+                barrier_expect(bar, RANK * kLowBytes);
+                for (int r = 0; r < RANK; ++r) {
+                    tma_load_2d(at + r * kLowBytes, &p.up, bar, kLowRow * r, tile.feature);
+                    tma_load_4d(at + r * kLowBytes + kFeatures * kLowRow, &p.low, bar, kLowRow * r, tile.column, 0, 0);
                 }
             }
+#pragma unroll
+            for (int j = 0; j < kAccumulators; j += 4)
+                *reinterpret_cast<uint4*>(shared + exchanged + j / 4 * kStep) = four(j);
+            share_tables();
             cluster_sync();
-            if (!last) continue;
+            if (RANK) barrier_wait(stages + kLowBarrier, 0);
         }
 
         // Epilogue: float32, each step rounded on its own, one cast at the end; kChunk tokens at a time.
-        if (!SEGMENTED && !(SPLIT > 1 && p.segments > 1)) share_tables();
+        if (!SEGMENTED && SPLIT == 1) share_tables();
         const int low_stage = ring.stage;
-        if (RANK)
+        if (RANK && SPLIT == 1)
             for (int r = 0; r < RANK; ++r) {
                 barrier_wait(full + 8 * ring.stage, ring.phase);
                 ring.next();
@@ -528,7 +530,8 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
             wgmma_fence();
 #pragma unroll
             for (int r = 0; r < RANK; ++r) {
-                const unsigned ups = stages + at * kStageBytes, rows = ups + kWeightBytes + chunk * kChunk * kLowRow;
+                const unsigned ups = stages + (SPLIT > 1 ? kExchanged + r * kLowBytes : at * kStageBytes);
+                const unsigned rows = ups + (SPLIT > 1 ? kFeatures * kLowRow : kWeightBytes) + chunk * kChunk * kLowRow;
                 const unsigned long long a = narrow_tile_descriptor(ups + group * 64 * kLowRow), b = narrow_tile_descriptor(rows);
                 wgmma_half<LOW>(sums, a, b, r > 0);
                 wgmma_half<LOW>(sums, a + 2, b + 2, 1);
@@ -536,16 +539,42 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
             }
             wgmma_commit();
         };
-#pragma unroll
-        for (int chunk = 0; chunk < TOKENS / kChunk; ++chunk) {
+        constexpr int kUnroll = SPLIT > 1 ? 1 : TOKENS / kChunk;
+#pragma unroll kUnroll
+        for (int chunk = SPLIT > 1 ? cluster_rank() : 0; chunk < TOKENS / kChunk; chunk += SPLIT) {
             float v[kValues];
+            uint4 total[kValues / 4];  // integers, of the last segment
             const int first = chunk * kValues;
 #pragma unroll
             for (int j = 0; j < kValues; j += 4) {
-                float4 y = scaled(first + j, kScaled > 1 ? p.segments - 1 : 0);
-                if (SEGMENTED) y = add4(partial[(first + j) / 4 * 128], y);
-                if (SPLIT > 1 && p.segments > 1)
-                    y = add4(make_float4(sum[first + j], sum[first + j + 1], sum[first + j + 2], sum[first + j + 3]), y);
+                float4 y;
+                if constexpr (SPLIT > 1) {
+                    uint4 parts[SPLIT], &t = total[j / 4];
+#pragma unroll
+                    for (int rank = 0; rank < SPLIT; ++rank)
+                        parts[rank] = load_cluster(cluster_address(stages + exchanged + (first + j) / 4 * kStep, rank));
+                    int segment = 0, left = p.parts[0];
+#pragma unroll
+                    for (int rank = 0; rank < SPLIT; ++rank, --left) {
+                        const uint4& part = parts[rank];
+                        if (left == 0 && !p.is_integer) {  // the segment before is complete
+                            const float4 done = scaled(t, first + j, segment);
+                            y = segment > 0 ? add4(y, done) : done;
+                            left = p.parts[++segment];
+                            t = part;
+                        } else if (rank == 0) {
+                            t = part;
+                        } else {
+                            t.x += part.x, t.y += part.y, t.z += part.z, t.w += part.w;
+                        }
+                    }
+                    const float4 done = scaled(t, first + j, segment);
+                    y = segment > 0 ? add4(y, done) : done;
+                } else {
+                    total[j / 4] = four(first + j);
+                    y = scaled(total[j / 4], first + j, SEGMENTED ? p.segments - 1 : 0);
+                    if (SEGMENTED) y = add4(sum_before(first + j), y);
+                }
                 v[j] = __fadd_rn(__fmul_rn(y.x, weight_scale[0]), bias[0]);
                 v[j + 1] = __fadd_rn(__fmul_rn(y.y, weight_scale[0]), bias[0]);
                 v[j + 2] = __fadd_rn(__fmul_rn(y.z, weight_scale[1]), bias[1]);
@@ -568,7 +597,12 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                     }
                 }
             }
-            if (RANK) {  // the next chunk's products run beside this one's epilogue
+            if (RANK && SPLIT > 1) {
+                multiply_low(chunk, low[0]);
+                wgmma_wait<0>();
+#pragma unroll
+                for (int j = 0; j < kValues; ++j) v[j] = __fadd_rn(v[j], low[0][j]);
+            } else if (RANK) {  // the next chunk's products run beside this one's epilogue
                 if (chunk == 0) multiply_low(0, low[0]);
                 if (chunk + 1 < TOKENS / kChunk) {
                     multiply_low(chunk + 1, low[(chunk + 1) % 2]);
@@ -580,6 +614,10 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 for (int j = 0; j < kValues; ++j) v[j] = __fadd_rn(v[j], low[chunk % 2][j]);
             }
             if (ELEMENTS) {
+                auto integer = [&](int j) {
+                    const uint4& t = total[j / 4];
+                    return j % 4 == 0 ? t.x : j % 4 == 1 ? t.y : j % 4 == 2 ? t.z : t.w;
+                };
 #pragma unroll
                 for (int j = 0; j < kValues; ++j) {
                     const int pixel = pixels[8 * ((first + j) / 4) + pair + j % 2];
@@ -588,7 +626,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                     const long long at = static_cast<long long>(pixel) * p.features + feature;
                     if (OUT == 0) {
                         if (EXTRAS && p.residual) v[j] = __fadd_rn(v[j], __ldg(static_cast<const float*>(p.residual) + at));
-                        static_cast<unsigned*>(p.elements)[at] = p.is_integer ? acc[first + j] : __float_as_uint(v[j]);
+                        static_cast<unsigned*>(p.elements)[at] = p.is_integer ? integer(j) : __float_as_uint(v[j]);
                     } else {
                         const unsigned short* const residual = static_cast<const unsigned short*>(p.residual) + at;
                         if (EXTRAS && p.residual) v[j] = __fadd_rn(v[j], float_of_bits(__ldg(residual), OUT));
@@ -631,11 +669,12 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 }
             }
         }
-        if (RANK)
+        if (RANK && SPLIT == 1)
             for (int r = 0, at = low_stage; r < RANK; ++r) {
                 release(at);
                 if (++at == STAGES) at = 0;
             }
+        if (SPLIT > 1) cluster_sync();  // the others, too, have read what they need of this block
     }
     if (!ELEMENTS && threadIdx.x % 128 == 0) stores_wait_read();  // shared memory is theirs until then
 }
@@ -655,6 +694,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             barrier_init(full + 8 * i, WEIGHT == 4 ? 4 : 2);  // the arrivals of the producers
             barrier_init(empty + 8 * i, 8);
         }
+        if (SPLIT > 1) barrier_init(stages + kLowBarrier, 1);
         barrier_init_visible();
     }
     __syncthreads();
@@ -665,7 +705,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         give_registers<kProducerRegisters>();
         if (threadIdx.x == 256) produce<false>(p, stages, full, empty);
         if (threadIdx.x == 288) produce<true>(p, stages, full, empty);
-        if (WEIGHT == 4 && warp >= 10) produce_multipliers(p, empty + 8 * STAGES, full, empty);
+        if (WEIGHT == 4 && warp >= 10) produce_multipliers(p, stages + kMultipliers, full, empty);
         if (SPLIT > 1) {
             __syncwarp();
             cluster_sync();

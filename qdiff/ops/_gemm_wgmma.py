@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
@@ -36,37 +37,56 @@ class Tile(NamedTuple):
 
 TILES = [
     *(Tile(tokens) for tokens in (256, 192, 160, 128, 96)),
+    *(Tile(256, split) for split in (2, 4)),
+    *(Tile(tokens, 2) for tokens in (192, 160)),
+    *(Tile(128, split) for split in (2, 4, 8)),  # clusters of 3 or 6 leave multiprocessors idle
     *(Tile(tokens, split) for tokens in (64, 32, 16) for split in (1, 2, 4, 8)),
 ]
 
 
 def fits(tile: Tile, problem: Problem) -> bool:
     """Whether the tile can compute the problem at all."""
-    # The low-rank branch is in the pipeline as a whole, at worst beside 8-bit weights.
-    stages = 0 if problem.up is None else -(-problem.up.shape[1] // _RANKS)
-    if stages > _shared(tile, 8, False, False, True)[0]:
-        return False
-    return tile.split == 1 or tile.split % len(problem.segments) == 0
+    # The low-rank branch is in the pipeline as a whole, at worst beside 8-bit weights; or beside what is exchanged.
+    pieces = 0 if problem.up is None else -(-problem.up.shape[1] // _RANKS)
+    if tile.split == 1:
+        return pieces <= _shared(tile, 8, False, False, True)[0]
+    room = min(_shared(tile, weight, False, False, True)[0] * _stage(tile, weight) for weight in (4, 8))
+    return tile.tokens * 512 + pieces * (128 + tile.tokens) * 64 <= room and tile.split >= len(problem.segments)
 
 
 def guess(problem: Problem) -> Tile:
     """The tile whose blocks, in waves over the multiprocessors, are done first by a rule of thumb.
 
-    A stage of 128 of K takes as long as its products (four cycles a token), but no less than about 700 cycles, which
-    its copies and the unpacking take; a tile costs 1,500 more and some for every token; a cluster's exchange 3,000.
+    A stage of 128 of K takes as long as its products (four cycles a token), but no less than what its copies and the
+    unpacking take; a tile costs 1,500 more and some for every token; a cluster's exchange 3,000.
     """
     p = problem
-    stages = sum(-(-width // 128) for width in p.segments) * p.kernel[0] * p.kernel[1]
+    stages = _stages(p.segments, p.kernel)
     multiprocessors = _cupy.multiprocessors(p.x.device)
 
     def cycles(tile: Tile) -> float:
-        w, h, n = _box(tile.tokens, p.B, p.OH, p.OW, p.stride)
+        w, h, n = _box(tile, p.B, p.OH, p.OW, p.stride)
         tiles = -(-p.OW // w) * -(-p.OH // h) * -(-p.B // n) * -(-p.N // 128)
         waves = -(-tiles * tile.split // multiprocessors)
-        stage = max(700, 4 * tile.tokens)
-        return waves * (-(-stages // tile.split) * stage + 1500 + 8 * tile.tokens + 3000 * (tile.split > 1))
+        stage = max(540 + 2.6 * tile.tokens, 4 * tile.tokens)
+        longest = max(-(-count // part) for count, part in zip(stages, parts_of(stages, tile.split), strict=True))
+        count = sum(stages) if tile.split == 1 else longest
+        return waves * (count * stage + 1500 + 8 * tile.tokens + 3000 * (tile.split > 1))
 
     return min((tile for tile in TILES if fits(tile, problem)), key=cycles)
+
+
+def _stages(segments: Sequence[int], kernel: tuple[int, int]) -> tuple[int, ...]:
+    """Of each segment: of all taps, 128 channels each."""
+    return tuple(-(-width // 128) * kernel[0] * kernel[1] for width in segments)
+
+
+def parts_of(stages: Sequence[int], split: int) -> tuple[int, ...]:
+    """How many of a cluster's `split` blocks work on each segment: one at the least, more where more is to be done."""
+    parts = [1] * len(stages)
+    while sum(parts) < split:
+        parts[max(range(len(stages)), key=lambda segment: stages[segment] / parts[segment])] += 1
+    return tuple(parts)
 
 
 def refusal(problem: Problem) -> str | None:
@@ -80,18 +100,25 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
-def _stored(tokens: int) -> int:
-    """How many tokens of a tile are stored at once: few of the largest one, whose pipeline needs the room."""
-    return 64 if tokens > 192 else tokens
+def _stored(tile: Tile) -> int:
+    """How many tokens of a tile are stored at once: few of the largest one, whose pipeline needs the room; of a
+    cluster's, what a block does at a time."""
+    return 16 if tile.split > 1 else 64 if tile.tokens > 192 else tile.tokens
+
+
+def _stage(tile: Tile, weight: int) -> int:
+    """Bytes of weights and input in a stage of the pipeline."""
+    return 128 * (128 if weight == 8 else 64) + 128 * tile.tokens
 
 
 def _shared(tile: Tile, weight: int, segmented: bool, elements: bool, extras: bool) -> tuple[int, int]:
     """As deep a pipeline as fits, to eight stages, and the bytes of shared memory that it makes."""
     tables = 2 * ((4 if segmented or tile.split > 1 else 1) + 2 * (elements or extras)) * tile.tokens * 4
-    stores = 0 if elements else 2 * _stored(tile.tokens) * 128
-    stage = 2 * (128 * (64 if weight == 8 else 32) + 64 * tile.tokens) + 16 + (512 if weight == 4 else 0)
-    depth = min(8, (_SHARED_LIMIT - tables - stores) // stage)
-    return depth, depth * stage + stores + tables
+    stores = 0 if elements else 2 * _stored(tile) * 128
+    stage = _stage(tile, weight) + 16 + (512 if weight == 4 else 0)  # with its barriers and its multipliers
+    rest = tables + stores + 8  # a barrier more
+    depth = min(8, (_SHARED_LIMIT - rest) // stage)
+    return depth, depth * stage + rest
 
 
 def _defines(
@@ -123,12 +150,12 @@ class _Plan(NamedTuple):
 
 
 _POINTERS = struct.Struct("9Q")
-_INTEGERS = struct.Struct("28i8x")  # to a multiple of 64 bytes, as the tensor maps make the struct
+_INTEGERS = struct.Struct("32i56x")  # to a multiple of 64 bytes, as the tensor maps make the struct
 _NO_MAP = bytes(128)
 
 
 class _Params(ctypes.Structure):
-    """The kernel's parameters: five tensor maps, nine pointers, 28 integers."""
+    """The kernel's parameters: five tensor maps, nine pointers, 32 integers."""
 
     _fields_ = [("data", ctypes.c_ubyte * (5 * 128 + _POINTERS.size + _INTEGERS.size))]
 
@@ -152,17 +179,20 @@ def _plan(
     elements: bool,
     extras: bool,
 ) -> _Plan:
-    box = _box(tile.tokens, images, height, width, stride)
+    box = _box(tile, images, height, width, stride)
     tiles_w, tiles_h, tiles_b = (-(-size // part) for size, part in zip((width, height, images), box))
     feature_tiles = -(-features // 128)
     tiles = tiles_w * tiles_h * tiles_b * feature_tiles
     linear = images == 1 and height == 1
     items = width if linear else images
     out, bias, shift, low = dtypes
+    none = [0] * (MAX_SEGMENTS - len(segments))
+    stages = _stages(segments, kernel)
     integers = _INTEGERS.pack(
         *(features, images, height, width),
         *(kernel[1], kernel[0] * kernel[1], *stride, *padding),
-        *(len(segments), *segments, *([0] * (MAX_SEGMENTS - len(segments)))),
+        *(len(segments), *segments, *none),
+        *(*parts_of(stages, tile.split), *none),
         *(*box, tiles_w, tiles_h, feature_tiles, tiles),
         *(max(1, items // max(1, scale_rows)), int(not linear)),
         *((sum(segments) * kernel[0] * kernel[1] // 32 + 1) // 2,),
@@ -179,37 +209,37 @@ def _plan(
         _shared(tile, weight, segmented, elements, extras)[1],
         integers,
         box,
-        blocks * tile.tokens * 512 if segmented else 0,
+        blocks * tile.tokens * 512 if segmented and tile.tokens > (96 if weight == 5 else 128) else 0,
     )
 
 
-def _box(tokens: int, images: int, height: int, width: int, stride: tuple[int, int]) -> tuple[int, int, int]:
-    """The box of columns x rows x images with `tokens` pixels that covers the output with the fewest boxes.
+def _box(tile: Tile, images: int, height: int, width: int, stride: tuple[int, int]) -> tuple[int, int, int]:
+    """The box of columns x rows x images with the tile's pixels that covers the output with the fewest boxes.
 
-    Among equals the widest, whose rows are the longest runs in memory. The copy engine takes 256 of each dimension, and
-    the kernel wants eight tokens in a row to be of one image.
+    Among equals the widest, whose rows are the longest runs in memory. The copy engine takes 256 of each dimension, the
+    kernel wants eight tokens in a row to be of one image, and what is stored at once is a box as well.
     """
+    tokens = tile.tokens
     boxes = [
-        (w, h, tokens // (w * h))
+        box
         for w in range(min(tokens, 256 // stride[1]), 0, -1)
         if tokens % w == 0
         for h in range(min(tokens // w, 256 // stride[0]), 0, -1)
         if tokens % (w * h) == 0 and w * h % 8 == 0
+        for box in [(w, h, tokens // (w * h))]
+        if math.prod(_stored_box(tile, box)) == _stored(tile)
     ]
     if images == 1 and height == 1:  # tokens of a linear layer are in a row
         return boxes[0]
     return min(boxes, key=lambda box: -(-width // box[0]) * -(-height // box[1]) * -(-images // box[2]))
 
 
-def _stored_box(box: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The part of a tile's box that is stored at once: its first tokens, a box too where all are powers of two."""
+def _stored_box(tile: Tile, box: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The box of a tile's first tokens, as many as are stored at once; smaller where those are no box."""
     w, h, n = box
-    tokens = _stored(w * h * n)
-    if tokens == w * h * n:
-        return box
-    w = min(w, tokens)
-    h = min(h, tokens // w)
-    return w, h, tokens // (w * h)
+    columns = math.gcd(w, _stored(tile))
+    rows = math.gcd(h, _stored(tile) // columns) if columns == w else 1
+    return columns, rows, math.gcd(n, _stored(tile) // (columns * rows)) if rows == h and columns == w else 1
 
 
 def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
@@ -269,7 +299,7 @@ def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
     if not elements:
         r = 2 * n
         sizes, strides = (r, p.OW, p.OH, p.B), (r, r * p.OW, r * p.OW * p.OH)
-        out_maps = _maps_of(sizes, strides, (128, *_stored_box(plan.box)), (1, 1, 1, 1), 3)
+        out_maps = _maps_of(sizes, strides, (128, *_stored_box(tile, plan.box)), (1, 1, 1, 1), 3)
 
     def run(places: Sequence[int]) -> None:
         x, codes, multipliers, codebook, scale, bias, shift, residual, x_scale, x_low, up, out = places
@@ -365,6 +395,6 @@ VARIANTS = [
         (1, 1, False, 1, False, False),
     )
     if (weight == 4 or tile in (Tile(256), Tile(128), Tile(64, 4)))
-    and (not (rank or segmented or elements) or tile in (Tile(256), Tile(160), Tile(64, 4)))
+    and (not (rank or segmented or elements) or tile in (Tile(256), Tile(160), Tile(128), Tile(128, 8), Tile(64, 4)))
     and not (segmented and tile.split > 1)
 ]

@@ -40,7 +40,7 @@ class Case:
     multiprocessors: int = 3
 
 
-WIDE, ODD, QUARTERS, HALVES = Tile(256), Tile(96), Tile(16, 4), Tile(64, 2)
+WIDE, ODD, QUARTERS, HALVES, WIDE_QUARTERS = Tile(256), Tile(96), Tile(16, 4), Tile(64, 2), Tile(128, 4)
 THREE = {"kernel": (3, 3), "padding": (1, 1)}
 BF16 = torch.bfloat16
 
@@ -63,6 +63,7 @@ LINEAR = {
     "16 tokens, four blocks, two stages": Case(QUARTERS, n=12, segments=(160,), size=(1, 1, 16), scale_rows=16),
     "16 tokens, four blocks, one stage": Case(QUARTERS, n=64, segments=(32,), size=(1, 1, 5)),
     "64 tokens, two blocks": Case(HALVES, n=136, segments=(672,), size=(1, 1, 70), scale_rows=70),
+    "128 tokens, four blocks": Case(WIDE_QUARTERS, n=136, segments=(1184,), size=(1, 1, 150), scale_rows=150),
     "rank 8": Case(ODD, n=132, segments=(320,), size=(1, 1, 100), rank=8, scale_rows=100),
     "rank 32": Case(ODD, n=68, segments=(96,), size=(1, 1, 200), rank=32),
     "rank 48, bfloat16": Case(ODD, n=68, segments=(320,), size=(1, 1, 97), rank=48, low_dtype=BF16),
@@ -72,6 +73,9 @@ LINEAR = {
     ),
     "rank 128, two blocks, residual": Case(
         HALVES, n=64, segments=(320,), size=(1, 1, 60), rank=128, residual=True, out_dtype=BF16
+    ),
+    "rank 48, 128 tokens, four blocks": Case(
+        WIDE_QUARTERS, n=132, segments=(320,), size=(1, 1, 100), rank=48, low_dtype=BF16
     ),
     "float32": Case(ODD, n=131, segments=(320,), size=(1, 1, 100), scale_rows=100, out_dtype=torch.float32),
     "float32, residual": Case(
@@ -103,6 +107,15 @@ CONVOLUTIONS = {
     ),
     "two segments, two blocks": Case(HALVES, n=132, segments=(64, 160), size=(2, 7, 5), scale_rows=2, **THREE),
     "two segments, four blocks": Case(QUARTERS, n=36, segments=(32, 160), size=(2, 4, 3), scale_rows=2, **THREE),
+    "two segments, three blocks for the larger": Case(
+        WIDE_QUARTERS, n=36, segments=(160, 64), size=(2, 9, 8), scale_rows=2, shift=True, residual=True, **THREE
+    ),
+    "160 tokens, two blocks": Case(
+        Tile(160, 2), n=36, segments=(160,), size=(2, 12, 9), scale_rows=2, residual=True, **THREE
+    ),
+    "four segments, more than 128 tokens": Case(
+        Tile(160), n=36, segments=(32, 160, 64, 32), size=(3, 9, 7), scale_rows=3, multiprocessors=1, **THREE
+    ),
     "four segments, four blocks": Case(QUARTERS, n=36, segments=(32, 96, 64, 32), size=(2, 4, 3), **THREE),
     "four blocks, C = 96, stride 2": Case(QUARTERS, n=36, segments=(96,), size=(3, 5, 5), stride=(2, 2), **THREE),
 }
@@ -130,17 +143,11 @@ def encode(address, sizes, strides, box, steps, swizzle):
 
 
 @pytest.fixture
-def run(load_kernel, problems, guarded, monkeypatch):
+def run(emulated_kernel, problems, guarded, monkeypatch):
     """`run(case, problem, dtype)`: what `_gemm_wgmma.prepare`'s launch computes, its kernel emulated."""
 
     def run_one(case: Case, problem: SimpleNamespace, dtype: torch.dtype) -> torch.Tensor:
-        def kernel(source, macros):
-            function = load_kernel(source, macros)
-            return SimpleNamespace(
-                launch=lambda grid, threads, shared, params: function(grid, (threads, 1, 1), shared, params)
-            )
-
-        monkeypatch.setattr(_cupy, "kernel", kernel)
+        monkeypatch.setattr(_cupy, "kernel", emulated_kernel)
         monkeypatch.setattr(_cupy, "multiprocessors", lambda device: case.multiprocessors)
         monkeypatch.setattr(_gemm_wgmma, "_encode", encode)
         _gemm_wgmma._plan.cache_clear()

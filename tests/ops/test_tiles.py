@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -172,7 +173,6 @@ def test_shipped_tables_name_tiles_that_exist():
             assert name in names[text.split()[0]], f"{path.name}: {text}"
 
 
-TOKENS = sorted({tile.tokens for tile in _gemm_wgmma.TILES})
 # Images, height and width of the output, and the stride.
 OUTPUTS = (
     (1, 1, 1, (1, 1)),
@@ -197,11 +197,22 @@ def boxes_of(output, box):
     return -(-output[2] // box[0]) * -(-output[1] // box[1]) * -(-output[0] // box[2])
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
+def runs_are_boxes(box, size):
+    """Whether each run of `size` pixels of the box, in the order of columns, rows and images, is a box itself."""
+    pixels = [(n, h, w) for n in range(box[2]) for h in range(box[1]) for w in range(box[0])]
+    for start in range(0, len(pixels), size):
+        run = set(pixels[start : start + size])
+        if math.prod(len(set(axis)) for axis in zip(*run)) != len(run):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("tile", _gemm_wgmma.TILES, ids=lambda tile: tile.name)
 @pytest.mark.parametrize("output", OUTPUTS, ids=str)
-def test_box(output, tokens):
+def test_box(output, tile):
     images, height, width, stride = output
-    w, h, n = box = _gemm_wgmma._box(tokens, images, height, width, stride)
+    tokens = tile.tokens
+    w, h, n = box = _gemm_wgmma._box(tile, images, height, width, stride)
     assert w * h * n == tokens
     assert w * h % 8 == 0
     assert max(w * stride[1], h * stride[0], n) <= 256
@@ -214,6 +225,9 @@ def test_box(output, tokens):
         for a, b in itertools.product(divisors, divisors)
         if tokens % (a * b) == 0 and a * b % 8 == 0 and a * stride[1] <= 256 and b * stride[0] <= 256
     ]
+    stored = _gemm_wgmma._stored(tile)
+    allowed = [other for other in allowed if runs_are_boxes(other, stored)]
+    assert math.prod(_gemm_wgmma._stored_box(tile, box)) == stored
     fewest = min(boxes_of(output, other) for other in allowed)
     assert boxes_of(output, box) == fewest
     assert w == max(other[0] for other in allowed if boxes_of(output, other) == fewest)
