@@ -61,17 +61,16 @@ class QuantConv2d(WeightBuffers, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3:  # nn.Conv2d takes one image without a batch
             return self.forward(x[None])[0]
-        plan = self.plan
-        geometry = (self.kernel_size, self.stride, self.padding, self.segments)
-        packed = (self.codes, self.multipliers, self.codebook, self.scale, self.storage_block)
+        own, geometry = self._buffers, (self.kernel_size, self.stride, self.padding, self.segments)
+        packed = (own["codes"], own["multipliers"], own["codebook"], own["scale"], self.storage_block)
         inputs, smooth = self._transformed(x, 1)
-        if plan.range_mode == "none":
-            return w4a16_conv2d(inputs.to(x.dtype), smooth, *packed, self.bias, *geometry)
+        if self.plan.range_mode == "none":
+            return w4a16_conv2d(inputs.to(x.dtype), smooth, *packed, own["bias"], *geometry)
         scale = self._input_scales(x.shape[0])
-        codes = quantize_per_sample(inputs, scale, smooth, self.segments, 1, plan.activation_levels)
-        added = (self.bias, None, None)
-        if plan.stored_bits == 8:
-            return w8a8_conv2d(codes, scale, self.codes, self.scale, *added, *geometry, x.dtype)
+        codes = quantize_per_sample(inputs, scale, smooth, self.segments, 1, self._levels)
+        added = (own["bias"], None, None)
+        if self.plan.stored_bits == 8:
+            return w8a8_conv2d(codes, scale, own["codes"], own["scale"], *added, *geometry, x.dtype)
         return w4a8_conv2d(codes, scale, *packed, *added, *geometry, x.dtype)
 
     @property

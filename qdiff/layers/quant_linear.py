@@ -60,34 +60,39 @@ class QuantLinear(WeightBuffers, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._product(x)
-        if self.first_input is not None and self.first_output is not None and x.dim() == 3 and x.shape[1]:
-            known = same_token(x[:, 0], self.first_input)[:, None]
-            y[:, 0] = torch.where(known, self.first_output.to(y.dtype), y[:, 0])
+        first, product = self._buffers["first_input"], self._buffers["first_output"]
+        if first is not None and product is not None and x.dim() == 3 and x.shape[1]:
+            known = same_token(x[:, 0], first)[:, None]
+            y[:, 0] = torch.where(known, product.to(y.dtype), y[:, 0])
         return y
 
     def _product(self, x: Tensor) -> Tensor:
-        packed = (self.codes, self.multipliers, self.codebook, self.scale, self.storage_block)
-        few = self.plan.range_mode == "dynamic" and self.plan.stored_bits == 4 and x.numel() <= FEW_ROWS * x.shape[-1]
-        if few or self.plan.range_mode == "none":
+        own, mode, dtype = self._buffers, self.plan.range_mode, x.dtype
+        weights, bias, up = (own["codes"], own["multipliers"], own["codebook"], own["scale"]), own["bias"], own["up"]
+        four_bit = self.plan.stored_bits == 4
+        if mode == "none" or (mode == "dynamic" and four_bit and x.numel() <= FEW_ROWS * x.shape[-1]):
             inputs, smooth = self._transformed(x, -1)
-            return w4a16_linear(inputs.to(x.dtype), smooth, *packed, self.bias, self.down, self.up)
+            inputs = inputs if inputs.dtype == dtype else inputs.to(dtype)
+            return w4a16_linear(inputs, smooth, *weights, self.storage_block, bias, own["down"], up)
         codes, scale, low = self._quantize(x)
-        if self.plan.stored_bits == 8:
-            return w8a8_linear(codes, scale, self.codes, self.scale, self.bias, low, self.up, None, x.dtype)
-        return w4a8_linear(codes, scale, *packed, self.bias, low, self.up, None, x.dtype)
+        if four_bit:
+            return w4a8_linear(codes, scale, *weights, self.storage_block, bias, low, up, None, dtype)
+        return w8a8_linear(codes, scale, own["codes"], own["scale"], bias, low, up, None, dtype)
 
     def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The codes, their scales [R], and what the branch reads if there is one."""
-        dtype, levels = x.dtype, self.plan.activation_levels
+        """The codes, their scales, and what the branch reads if there is one."""
+        dtype, down = x.dtype, self._buffers["down"]
         x, smooth = self._transformed(x, -1)
         if self.plan.range_mode == "dynamic":
-            codes, scale, low = quantize_per_token(x, smooth, self.down, levels)
-            return codes, scale.flatten(), None if self.down is None else low.to(dtype)
-        branch = None if self.down is None else low_rank_down(x.to(dtype), smooth, self.down)
+            codes, scale, low = quantize_per_token(x, smooth, down, self._levels)
+            if down is None:
+                return codes, scale, None
+            return codes, scale, low if low.dtype == dtype else low.to(dtype)
+        branch = None if down is None else low_rank_down(x.to(dtype), smooth, down)
         batched = x if x.dim() > 1 else x[None]
         scale = self._input_scales(batched.shape[0])
-        codes = quantize_per_sample(batched, scale, smooth, self.segments, -1, levels)
-        return codes.view(x.shape), scale.flatten(), branch
+        codes = quantize_per_sample(batched, scale, smooth, self.segments, -1, self._levels)
+        return codes if x.dim() > 1 else codes[0], scale.flatten(), branch
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

@@ -39,6 +39,7 @@ class WeightBuffers(nn.Module):
     Attributes:
         plan: what was decided about the layer.
         storage_block: neighbours along K that are stored with one multiplier; what operators know as group_size.
+        segments: the channel counts of what is quantized: the plan's, or the one that an index makes.
         tracker: gives temporal scales their timestep; shared by all layers of a denoiser; set by whoever installs the
             layer.
         compute_dtype: of `weight`, and of the float layer this one stands for.
@@ -46,6 +47,7 @@ class WeightBuffers(nn.Module):
 
     plan: LayerPlan
     storage_block: int
+    segments: tuple[int, ...]
     tracker: StepTracker | None
     compute_dtype: torch.dtype
     codes: Tensor
@@ -70,6 +72,8 @@ class WeightBuffers(nn.Module):
         device = given.device
         self.plan, self.tracker, self.compute_dtype = plan, None, given.dtype
         self.storage_block = storage_block(plan.group_size)
+        self.segments = (sizes.split_channels,) if sizes.split_channels else plan.segments
+        self._levels = plan.activation_levels
 
         def register(name: str, shape: tuple[int, ...] | None, dtype: torch.dtype) -> None:
             self.register_buffer(name, None if shape is None else torch.empty(shape, dtype=dtype, device=device))
@@ -101,10 +105,9 @@ class WeightBuffers(nn.Module):
         register("act_scales", (sizes.scale_rows, len(plan.segments)) if scaled else None, torch.float32)
 
     def _check_pipeline(self, sizes: LayerSizes) -> None:
-        plan, index, rotation = self.plan, sizes.split_channels, sizes.rotation
+        plan, segments, index, rotation = self.plan, self.segments, sizes.split_channels, sizes.rotation
         if index and len(plan.segments) > 1:
             raise ValueError(f"{plan.name}: an index is given for {len(plan.segments)} segments, expected a single one")
-        segments = (index,) if index else plan.segments
         if plan.stored_bits == 4 and any(channels % plan.group_size for channels in segments):
             raise ValueError(f"{plan.name}: index has {index} channels, expected a multiple of {plan.group_size}")
         if rotation and (rotation & (rotation - 1) or any(channels % rotation for channels in segments)):
@@ -113,19 +116,16 @@ class WeightBuffers(nn.Module):
             )
 
     @property
-    def segments(self) -> tuple[int, ...]:
-        """The channel counts of what is quantized: the plan's, or the one that an index makes."""
-        return self._pipeline.segments(self.plan.segments)
-
-    @property
     def _pipeline(self) -> InputPipeline:
         return InputPipeline(self.shift, self.index, self.smooth, self.rotation)
 
     def _transformed(self, x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor | None]:
         """What the quantizer takes: an input, and the smoothing vector that is yet to be applied to it."""
-        if self.shift is None and self.index is None and self.rotation is None:
-            return x, self.smooth
-        return transform_input(x, self.shift, self.index, self.smooth, self.rotation, channel_dim), None
+        own = self._buffers  # a module's attributes take ten times as long to find
+        shift, index, smooth, rotation = own["shift"], own["index"], own["smooth"], own["rotation"]
+        if shift is None and index is None and rotation is None:
+            return x, smooth
+        return transform_input(x, shift, index, smooth, rotation, channel_dim), None
 
     def _float_matrix(self, taps: int) -> Tensor:
         """The float32 weight [N, K] of the raw input, in GEMM layout."""
@@ -182,7 +182,7 @@ class WeightBuffers(nn.Module):
 
     def _input_scales(self, batch: int) -> Tensor:
         """Activation scales float32 [R, S] for an input of `batch` samples, R dividing it."""
-        table = self.act_scales
+        table = self._buffers["act_scales"]
         assert table is not None, "only static and temporal layers ask for given scales"
         if self.plan.range_mode == "static":
             return table

@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import os
 import shutil
+import struct
 import sys
 import tempfile
 import threading
@@ -34,7 +35,8 @@ _INSTALL = (
     "install CuPy for the driver's CUDA with its headers, `pip install 'cupy-cuda13x[ctk]'` or 'cupy-cuda12x[ctk]'"
 )
 _Pointers = ctypes.c_void_p * 1
-_MOST_CONFIGS = 1024  # that a kernel keeps
+_MOST_LAUNCHERS = 1024  # that a kernel keeps
+_MOST_STREAMS = 256  # that a launcher keeps a configuration for
 
 
 class _Attribute(ctypes.Structure):
@@ -70,57 +72,131 @@ class Kernel:
     """
 
     def __init__(self, module: Any, name: str, device: int, overlaps: bool) -> None:
-        self._module, self._device, self._name = module, device, name
-        self._function = module.get_function(name)
-        self._pointer = ctypes.c_void_p(self._function.kernel.ptr)
+        self.name, self.device = name, device
+        self._module, self._function = module, module.get_function(name)
+        self.pointer = ctypes.c_void_p(self._function.kernel.ptr)
         self._shared_bytes = 48 * 1024  # what a block may have without asking
         self._lock = threading.Lock()
-        self._launch = _driver().cuLaunchKernelEx  # CuPy's own call takes no attributes
         self._attribute = _Attribute(_SERIALIZATION, 0, 1)
-        self._attributes = (ctypes.pointer(self._attribute), 1) if overlaps else (None, 0)
-        self._configs: dict[tuple[tuple[int, int, int], int, int, int], Any] = {}  # never changed: threads share them
+        self.attributes = (ctypes.pointer(self._attribute), 1) if overlaps else (None, 0)
+        self._launchers: dict[tuple[tuple[int, int, int], int, int, int], Launcher] = {}
 
-    def launch(self, grid: tuple[int, int, int], threads: int, shared_bytes: int, params: ctypes.Structure) -> None:
-        """Start the kernel on torch's current stream of its device, which must be the current one.
+    def launcher(
+        self, grid: tuple[int, int, int], threads: int, shared_bytes: int, layout: struct.Struct, rest: bytes = b""
+    ) -> Launcher:
+        """What starts the kernel, again and again.
 
         Args:
             grid: blocks in x, y, z; nothing is started when one of them is 0.
             threads: of a block.
             shared_bytes: dynamic shared memory of a block.
-            params: the kernel's only parameter; its bytes are copied before this returns.
+            layout: of what changes from one launch to the next, the beginning of the kernel's only parameter.
+            rest: of the parameter.
         """
-        key = (grid, threads, shared_bytes, torch._C._cuda_getCurrentRawStream(self._device))
-        config = self._configs.get(key)
-        if config is None:
-            if not all(grid):
-                return
-            config = self._configure(*key)
-        pointers = _Pointers(ctypes.addressof(params))
-        result = self._launch(config, self._pointer, pointers, None)
-        if result == _NOT_SET_UP:
-            torch.cuda.set_device(self._device)  # a thread that has not used the device yet has no context
-            result = self._launch(config, self._pointer, pointers, None)
-        if result:
-            raise RuntimeError(
-                f"{self._name}: the driver refused to launch {grid} blocks of {threads} threads with "
-                f"{shared_bytes} bytes of shared memory (CUresult {result})"
-            )
+        self._allow(shared_bytes)
+        return Launcher(self, grid, threads, shared_bytes, layout, rest)
 
-    def _configure(self, grid: tuple[int, int, int], threads: int, shared_bytes: int, stream: int) -> Any:
-        """The launch's configuration by reference, which is kept."""
-        if shared_bytes > self._shared_bytes:
-            self._allow(shared_bytes)
-        config = ctypes.byref(_Config(*grid, threads, 1, 1, shared_bytes, stream, *self._attributes))
-        if len(self._configs) >= _MOST_CONFIGS:
-            self._configs.clear()
-        self._configs[grid, threads, shared_bytes, stream] = config
-        return config
+    def launch(self, grid: tuple[int, int, int], threads: int, shared_bytes: int, params: ctypes.Structure) -> None:
+        """Start the kernel once: `launcher` with all of the parameter's bytes, which are copied before this returns."""
+        key = (grid, threads, shared_bytes, ctypes.sizeof(params))
+        launcher = self._launchers.get(key)
+        if launcher is None:
+            if len(self._launchers) >= _MOST_LAUNCHERS:
+                self._launchers.clear()
+            layout = struct.Struct(f"{ctypes.sizeof(params)}s")
+            launcher = self._launchers[key] = self.launcher(grid, threads, shared_bytes, layout)
+        launcher(bytes(params))
 
     def _allow(self, shared_bytes: int) -> None:
         with self._lock:
             if shared_bytes > self._shared_bytes:
                 self._function.max_dynamic_shared_size_bytes = shared_bytes
                 self._shared_bytes = shared_bytes
+
+
+class Launcher:
+    """Starts a kernel on torch's current stream of its device, which must be the current one; see `Kernel.launcher`.
+
+    Threads share it: a launch takes a parameter block, and the configuration of a stream never changes.
+    """
+
+    __slots__ = (
+        "_configs",
+        "_device",
+        "_free",
+        "_kernel",
+        "_launch",
+        "_layout",
+        "_pack",
+        "_pointer",
+        "_rest",
+        "_shape",
+    )
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared_bytes: int,
+        layout: struct.Struct,
+        rest: bytes,
+    ) -> None:
+        self._kernel, self._device, self._pointer = kernel, kernel.device, kernel.pointer
+        self._shape, self._layout, self._rest = (grid, threads, shared_bytes), layout, rest
+        self._pack = layout.pack_into
+        self._launch = _driver().cuLaunchKernelEx  # CuPy's own call takes no attributes
+        self._configs: dict[int, Any] = {}
+        self._free: list[tuple[Any, Any]] = []  # parameter blocks that no launch is filling
+
+    @property
+    def name(self) -> str:
+        """The kernel's."""
+        return self._kernel.name
+
+    def __call__(self, *values: Any) -> None:
+        """Start the kernel with these values in the layout; they are copied before this returns."""
+        try:
+            block = self._free.pop()
+        except IndexError:
+            block = self._block()
+        params, pointers = block
+        self._pack(params, 0, *values)
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        config = self._configs.get(stream)
+        if config is None:
+            if not all(self._shape[0]):
+                return
+            config = self._configure(stream)
+        result = self._launch(config, self._pointer, pointers, None)
+        if result:
+            self._again(result, config, pointers)
+        self._free.append(block)
+
+    def _block(self) -> tuple[Any, Any]:
+        """A parameter block, and the driver's pointer to it."""
+        params = ctypes.create_string_buffer(bytes(self._layout.size) + self._rest, self._layout.size + len(self._rest))
+        return params, _Pointers(ctypes.addressof(params))
+
+    def _configure(self, stream: int) -> Any:
+        """The launch's configuration by reference, which is kept."""
+        grid, threads, shared_bytes = self._shape
+        config = ctypes.byref(_Config(*grid, threads, 1, 1, shared_bytes, stream, *self._kernel.attributes))
+        if len(self._configs) >= _MOST_STREAMS:
+            self._configs.clear()
+        self._configs[stream] = config
+        return config
+
+    def _again(self, result: int, config: Any, pointers: Any) -> None:
+        if result == _NOT_SET_UP:
+            torch.cuda.set_device(self._device)  # a thread that has not used the device yet has no context
+            result = self._launch(config, self._pointer, pointers, None)
+        if result:
+            grid, threads, shared_bytes = self._shape
+            raise RuntimeError(
+                f"{self.name}: the driver refused to launch {grid} blocks of {threads} threads with "
+                f"{shared_bytes} bytes of shared memory (CUresult {result})"
+            )
 
 
 _kernels: dict[tuple[int, str, Defines], Kernel] = {}

@@ -5,30 +5,41 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
-from operator import or_
-from typing import NamedTuple, overload
+from operator import itemgetter, or_
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from qdiff.numerics.gemm_layout import widen_segments
 from qdiff.ops import _cupy, _gemm_mma, _gemm_wgmma, _tiles
-from qdiff.ops._problem import Launch, Problem, addresses, addresses_of
+from qdiff.ops._problem import Launch, Problem, addresses, addresses_of, allocator
+from qdiff.ops._shortcut import offer
 from qdiff.ops.backend import KERNEL_BLOCK
 from qdiff.ops.checks import Checked
 
+_Tensors = tuple[Tensor | None, ...]  # in the order of `addresses`, without the result
 
-class _Ready(NamedTuple):
+
+class _Ready:
     """What an earlier call made, for those of its kind whose tensors need no copy."""
 
-    launch: Launch
-    shape: torch.Size
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
+    def __init__(self, launch: Launch, tensors: _Tensors, out: Tensor) -> None:
+        given = [place for place, tensor in enumerate(tensors) if tensor is not None]
+        # 12 addresses of those that are given, of the result, and of none.
+        self._places = itemgetter(*(given.index(i) if i in given else -1 for i in range(len(tensors))), -2)
+        self._launch, self._empty, self._forced = launch, allocator(out.device), _forced
+        self._like = tuple(out.shape), out.stride(), out.dtype
 
+    def __call__(self, given: Sequence[Tensor]) -> Tensor | None:
+        """The result for the tensors that are not None, or None where they need copies."""
+        places = [tensor.data_ptr() for tensor in given]
+        if reduce(or_, places) % 16 or self._forced != _forced:
+            return None
+        out = self._empty(*self._like)
+        self._launch(self._places((*places, out.data_ptr(), 0)))
+        return out
 
-_Tensors = tuple[Tensor | None, ...]  # in the order of `addresses`, without the result
 
 # A path and a tile, by name.
 _forced: tuple[str | None, str | None] = (None, None)
@@ -72,7 +83,7 @@ def linear(
         stride=(1, 1),
         padding=(0, 0),
         segments=(k,),
-        x_scale=_dense(x_scale),
+        x_scale=_dense(x_scale).flatten(),
         weight_kind=_kind(multipliers, codebook),
         codes=_dense(codes),
         multipliers=_dense(multipliers),
@@ -173,12 +184,9 @@ def _again(known: Checked, tensors: _Tensors) -> Tensor | None:
     ready: _Ready | None = known.prepared.get(_forced)
     if ready is None:
         return None
-    places = addresses_of(tensors)
-    if reduce(or_, places) % 16:
-        return None
-    out = torch.empty_strided(ready.shape, ready.strides, dtype=ready.dtype, device=ready.device)
-    places.append(out.data_ptr())
-    ready.launch(places)
+    out = ready([tensor for tensor in tensors if tensor is not None])
+    if out is not None:
+        offer(tensors, ready)
     return out
 
 
@@ -187,7 +195,8 @@ def _compute(known: Checked, tensors: _Tensors, problem: Problem, out: Tensor) -
     if out.numel():
         launch = _run(problem, out)
         if addresses(problem, out)[:-1] == addresses_of(tensors):
-            known.prepared[_forced] = _Ready(launch, out.shape, out.stride(), out.dtype, out.device)
+            ready = known.prepared[_forced] = _Ready(launch, tensors, out)
+            offer(tensors, ready)
     return out
 
 

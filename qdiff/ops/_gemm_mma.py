@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import struct
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,14 +32,9 @@ class Tile(NamedTuple):
 
 TILES = [Tile(features, tokens) for tokens in (128, 64, 32, 16) for features in (128, 64)]
 
+# The kernel's parameters.
 _POINTERS = struct.Struct("12Q")
 _INTEGERS = struct.Struct("24i")
-
-
-class _Params(ctypes.Structure):
-    """The kernel's parameters: twelve pointers, 24 integers."""
-
-    _fields_ = [("data", ctypes.c_ubyte * (_POINTERS.size + _INTEGERS.size))]
 
 
 def fits(tile: Tile, problem: Problem) -> bool:
@@ -70,12 +63,8 @@ def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
     kernel = _cupy.kernel("gemm_mma", defines(tile, problem.weight_kind, depth, len(problem.segments) > 1))
     grid = (-(-problem.N // tile.features) * -(-pixels // tile.tokens), 1, 1)
     shared = shared_bytes(tile, problem.weight_kind, depth)
-    integers = _integers(problem, out)
-
-    def run(places: Sequence[int]) -> None:
-        kernel.launch(grid, THREADS, shared, _Params.from_buffer_copy(_POINTERS.pack(*places) + integers))
-
-    return run
+    start = kernel.launcher(grid, THREADS, shared, _POINTERS, _integers(problem, out))
+    return lambda places: start(*places)
 
 
 def choose_tile(features: int, pixels: int, multiprocessors: int) -> Tile:

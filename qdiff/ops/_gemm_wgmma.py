@@ -149,15 +149,10 @@ class _Plan(NamedTuple):
     partial: int  # bytes of workspace
 
 
-_POINTERS = struct.Struct("9Q")
+# The kernel's parameters: tensor maps and pointers; then integers.
+_MAPS_AND_POINTERS = struct.Struct("128s128s128s128s128s9Q")
 _INTEGERS = struct.Struct("32i56x")  # to a multiple of 64 bytes, as the tensor maps make the struct
 _NO_MAP = bytes(128)
-
-
-class _Params(ctypes.Structure):
-    """The kernel's parameters: five tensor maps, nine pointers, 32 integers."""
-
-    _fields_ = [("data", ctypes.c_ubyte * (5 * 128 + _POINTERS.size + _INTEGERS.size))]
 
 
 @lru_cache(maxsize=2048)
@@ -301,23 +296,24 @@ def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
         sizes, strides = (r, p.OW, p.OH, p.B), (r, r * p.OW, r * p.OW * p.OH)
         out_maps = _maps_of(sizes, strides, (128, *_stored_box(tile, plan.box)), (1, 1, 1, 1), 3)
 
+    start = plan.kernel.launcher(plan.grid, 384, plan.shared_bytes, _MAPS_AND_POINTERS, plan.integers)
+
     def run(places: Sequence[int]) -> None:
         x, codes, multipliers, codebook, scale, bias, shift, residual, x_scale, x_low, up, out = places
         if plain:
             bias = shift = residual = 0
         # Sums of the segments that are done, in float32: what does not fit the registers beside the accumulators.
         partial = torch.empty(plan.partial, dtype=torch.uint8, device=device) if plan.partial else None
-        workspace = 0 if partial is None else partial.data_ptr()
-        parts = (
+        start(
             weight_maps[codes],
             input_maps[x],
             _NO_MAP if up_maps is None else up_maps[up],
             _NO_MAP if low_maps is None else low_maps[x_low],
             _NO_MAP if out_maps is None else out_maps[out],
-            _POINTERS.pack(multipliers, codebook, scale, x_scale, bias, shift, residual, workspace, out),
-            plan.integers,
+            *(multipliers, codebook, scale, x_scale, bias, shift, residual),
+            0 if partial is None else partial.data_ptr(),
+            out,
         )
-        plan.kernel.launch(plan.grid, 384, plan.shared_bytes, _Params.from_buffer_copy(b"".join(parts)))
 
     return run
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda  # type: ignore[attr-defined]  # no stubs
 
 MAX_SEGMENTS = 4  # of a convolution's channels, in the kernels' parameters
 
@@ -58,3 +59,11 @@ def addresses(problem: Problem, out: Tensor) -> list[int]:
 def addresses_of(tensors: Sequence[Tensor | None]) -> list[int]:
     """0 for None."""
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def allocator(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
+    """What makes an uninitialized tensor of a shape, strides and a dtype on this device, which must be the current one.
+
+    It is `torch.empty_strided` without the dispatcher: a third of its time.
+    """
+    return _empty_strided_cuda if device.type == "cuda" else _empty_strided_cpu

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import struct
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from functools import reduce
 from itertools import accumulate, count
+from operator import or_
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qdiff.ops import _cupy
+from qdiff.ops._problem import allocator
+from qdiff.ops._shortcut import offer
 from qdiff.ops.checks import Checked
 from qdiff.ops.low_rank_down import low_rank_down
 
@@ -31,8 +33,11 @@ _REGISTERS = 65536  # of a multiprocessor
 _SAMPLE_THREADS = 512
 _MOST_RUNS = 65535  # a grid's third dimension
 
+# The kernels' integers, after their pointers; to a multiple of 8 bytes, as the pointers make the struct.
+_TOKEN, _TOKEN_DOWN = struct.Struct("2i"), struct.Struct("3i4x")
+_SAMPLE = struct.Struct(f"{4 + _MAX_SEGMENTS + 5}i4x")
 
-Launcher = Callable[[ctypes.Structure], None]
+_Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
 
 
 class _Plan(NamedTuple):
@@ -44,88 +49,100 @@ class _Plan(NamedTuple):
     threads: int
     shared_bytes: int = 0
 
-    def launcher(self) -> Launcher:
+    def launcher(self, *pointers: bool, integers: bytes) -> _cupy.Launcher:
+        """What starts the kernel, of whose pointers some are given at every launch, and the others are null."""
+        layout = struct.Struct("".join("Q" if given else "8x" for given in pointers))
         kernel = _cupy.kernel(self.source, self.defines)
-        return partial(kernel.launch, self.grid, self.threads, self.shared_bytes)
+        return kernel.launcher(self.grid, self.threads, self.shared_bytes, layout, integers)
 
 
-_SAMPLE_POINTERS = struct.Struct("4Q")
+class _TokenReady:
+    """What a call leaves for those of its kind whose tensors need no copy."""
 
+    def __init__(self, x: Tensor, smooth: Tensor | None, down: Tensor | None, aligned: bool) -> None:
+        *shape, k = x.shape
+        dtype, rows, multiprocessors = _TYPES[x.dtype], x.numel() // k, _cupy.multiprocessors(x.device)
+        self._aligned, self._smoothed, self._projected = aligned, smooth is not None, down is not None
+        # Whether one kernel makes the low-rank branch too.
+        self._fused = down is not None and aligned and _fuses(x.device, x.dtype, k, down.shape[0])
+        rank = 0
+        if down is not None and self._fused:
+            rank, clusters = down.shape[0], _cupy.capability(x.device) >= (9, 0)
+            plan = _token_down_plan(dtype, rows, k, rank, clusters, multiprocessors)
+            self._launch = plan.launcher(True, self._smoothed, *[True] * 4, integers=_TOKEN_DOWN.pack(rows, k, rank))
+        else:
+            plan = _token_plan(dtype, rows, k, aligned and k % 8 == 0, multiprocessors)
+            self._launch = plan.launcher(True, self._smoothed, True, True, integers=_TOKEN.pack(rows, k))
+        self._empty = allocator(x.device)
+        self._codes = _layout(*x.shape, dtype=torch.int8)
+        self._scale = _layout(*shape, dtype=torch.float32)
+        self._low = _layout(*shape, rank, dtype=x.dtype)
 
-def _pointers(*names: str) -> list[tuple[str, type]]:
-    return [(name, ctypes.c_void_p) for name in names]
-
-
-def _ints(*names: str) -> list[tuple[str, type]]:
-    return [(name, ctypes.c_int) for name in names]
-
-
-class _Token(ctypes.Structure):
-    _fields_ = _pointers("x", "smooth", "codes", "scale") + _ints("rows", "k")
-
-
-class _TokenDown(ctypes.Structure):
-    _fields_ = _pointers("x", "smooth", "down", "codes", "scale", "low") + _ints("rows", "k", "rank")
-
-
-class _Sample(ctypes.Structure):
-    _fields_ = [
-        *_pointers("x", "scale", "smooth", "codes"),
-        *_ints("channels", "pixels", "samples_per_row", "segments"),
-        ("ends", ctypes.c_int * _MAX_SEGMENTS),
-        *_ints("columns", "lanes", "inverse", "run", "runs"),
-    ]
-
-
-class _TokenReady(NamedTuple):
-    """What a call leaves for the next one of its kind."""
-
-    launch: Launcher
-    fused: bool  # it makes the low-rank branch too
-    sizes: tuple[int, ...]
-    scale: tuple[torch.Size, tuple[int, ...]]  # shape and strides
-    low: tuple[torch.Size, tuple[int, ...]]
+    def __call__(self, given: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The result for x and what else there is; None where they start anywhere, if not prepared for that."""
+        places = [tensor.data_ptr() for tensor in given]
+        if (reduce(or_, places) % 16 == 0) != self._aligned:
+            return None
+        codes, scale, low = self._empty(*self._codes), self._empty(*self._scale), self._empty(*self._low)
+        if self._fused:
+            self._launch(*places, codes.data_ptr(), scale.data_ptr(), low.data_ptr())
+            return codes, scale, low
+        if not self._projected:
+            self._launch(*places, codes.data_ptr(), scale.data_ptr())
+            return codes, scale, low
+        self._launch(*places[:-1], codes.data_ptr(), scale.data_ptr())
+        return codes, scale, low_rank_down(given[0], given[1] if self._smoothed else None, given[-1])
 
 
 def quantize_per_token(
     known: Checked, x: Tensor, smooth: Tensor | None, down: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `qdiff.ops.quantize_per_token` computes, on checked arguments on the current CUDA device."""
-    x, smooth = x.contiguous(), _contiguous(smooth)
-    if down is not None:
-        down = down.to(x.dtype).contiguous()
-    x_at, smooth_at, down_at = x.data_ptr(), _address(smooth), _address(down)
-    aligned = not (x_at | smooth_at | down_at) % 16
+    down = None if down is None else down.to(x.dtype)
+    given = [tensor.contiguous() for tensor in (x, smooth, down) if tensor is not None]
+    aligned = not any(tensor.data_ptr() % 16 for tensor in given)
     ready: _TokenReady | None = known.prepared.get(aligned)
     if ready is None:
-        ready = known.prepared[aligned] = _prepare_token(x, down, aligned)
-    codes = torch.empty_like(x, dtype=torch.int8)
-    scale = torch.empty_strided(*ready.scale, dtype=torch.float32, device=x.device)
-    low = torch.empty_strided(*ready.low, dtype=x.dtype, device=x.device)
-    codes_at, scale_at = codes.data_ptr(), scale.data_ptr()
-    if ready.fused:
-        ready.launch(_TokenDown(x_at, smooth_at, down_at, codes_at, scale_at, low.data_ptr(), *ready.sizes))
-        return codes, scale, low
-    ready.launch(_Token(x_at, smooth_at, codes_at, scale_at, *ready.sizes))
-    return codes, scale, low if down is None else low_rank_down(x, smooth, down)
+        ready = known.prepared[aligned] = _TokenReady(x, smooth, down, aligned)
+    result = ready(given)
+    assert result is not None, "it was prepared for such tensors"
+    offer(given, ready)
+    return result
 
 
-def _prepare_token(x: Tensor, down: Tensor | None, aligned: bool) -> _TokenReady:
-    *shape, k = x.shape
-    dtype, rows, multiprocessors = _TYPES[x.dtype], x.numel() // k, _cupy.multiprocessors(x.device)
-    if down is not None and aligned and _fuses(x.device, x.dtype, k, down.shape[0]):
-        rank, clusters = down.shape[0], _cupy.capability(x.device) >= (9, 0)
-        plan = _token_down_plan(dtype, rows, k, rank, clusters, multiprocessors)
-    else:
-        rank, plan = 0, _token_plan(dtype, rows, k, aligned and k % 8 == 0, multiprocessors)
-    sizes = (rows, k, rank) if rank else (rows, k)
-    return _TokenReady(plan.launcher(), rank > 0, sizes, _layout(*shape), _layout(*shape, rank))
+def _layout(*shape: int, dtype: torch.dtype, order: torch.memory_format = torch.contiguous_format) -> _Layout:
+    like = torch.empty(shape, device="meta", memory_format=order)
+    return tuple(shape), like.stride(), dtype
 
 
-def _layout(*shape: int) -> tuple[torch.Size, tuple[int, ...]]:
-    """The shape, and the strides of a contiguous tensor."""
-    like = torch.empty(shape, device="meta")
-    return like.shape, like.stride()
+class _SampleReady:
+    """What a call leaves for those of its kind whose tensors need no copy."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        scale: Tensor,
+        smooth: Tensor | None,
+        segments: Sequence[int],
+        channels_first: bool,
+        aligned: bool,
+    ) -> None:
+        turned = channels_first and not x.is_contiguous(memory_format=torch.channels_last)
+        plan, integers = _sample_launch(x, scale.shape[0], turned, aligned, tuple(segments))
+        self._launch = plan.launcher(True, True, smooth is not None, True, integers=integers)
+        self._aligned, self._smoothed, self._empty = aligned, smooth is not None, allocator(x.device)
+        order = torch.channels_last if channels_first else torch.contiguous_format
+        self._codes = _layout(*x.shape, dtype=torch.int8, order=order)
+
+    def __call__(self, given: Sequence[Tensor]) -> Tensor | None:
+        """The codes for x, scale and what else there is; None where they start anywhere, if not prepared for that."""
+        places = [tensor.data_ptr() for tensor in given]
+        values = places[0] | places[2] if self._smoothed else places[0]
+        if (values % 16 == 0) != self._aligned:
+            return None
+        codes = self._empty(*self._codes)
+        self._launch(*places, codes.data_ptr())
+        return codes
 
 
 def quantize_per_sample(
@@ -135,54 +152,39 @@ def quantize_per_sample(
     channel_dim %= x.dim()
     if x.dim() == 4 and channel_dim == 1:
         # What has one pixel or one channel is in both orders: then there is nothing to turn.
-        turned = not x.is_contiguous(memory_format=torch.channels_last) and x.is_contiguous()
-        if not turned:
+        if not x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
             x = x.contiguous(memory_format=torch.channels_last)
-        codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.channels_last)
-        _quantize_samples(known, x, codes, x.shape[1], turned, scale, smooth, segments)
-        return codes
+        return _quantize_samples(known, x, scale, smooth, segments, True)
     if channel_dim == x.dim() - 1:
-        return _quantize_last(known, x, scale, smooth, segments)
-    last = _quantize_last(known, x.movedim(channel_dim, -1), scale, smooth, segments)
+        return _quantize_samples(known, x.contiguous(), scale, smooth, segments, False)
+    last = _quantize_samples(known, x.movedim(channel_dim, -1).contiguous(), scale, smooth, segments, False)
     return last.movedim(-1, channel_dim).contiguous()
 
 
-def _quantize_last(known: Checked, x: Tensor, scale: Tensor, smooth: Tensor | None, segments: Sequence[int]) -> Tensor:
-    x = x.contiguous()
-    codes = torch.empty_like(x, dtype=torch.int8)
-    _quantize_samples(known, x, codes, x.shape[-1], False, scale, smooth, segments)
+def _quantize_samples(
+    known: Checked, x: Tensor, scale: Tensor, smooth: Tensor | None, segments: Sequence[int], channels_first: bool
+) -> Tensor:
+    if not x.numel():
+        order = torch.channels_last if channels_first else torch.contiguous_format
+        return torch.empty_like(x, dtype=torch.int8, memory_format=order)
+    if len(segments) > _MAX_SEGMENTS:
+        columns = [column[:, None].expand(-1, width) for column, width in zip(scale.unbind(1), segments)]
+        scale, segments = torch.cat(columns, dim=1), (1,) * sum(segments)
+    scale, smooth = scale.contiguous(), None if smooth is None else smooth.contiguous()
+    aligned = not any(tensor.data_ptr() % 16 for tensor in (x, smooth) if tensor is not None)
+    ready: _SampleReady | None = known.prepared.get(aligned)
+    if ready is None:
+        ready = known.prepared[aligned] = _SampleReady(x, scale, smooth, segments, channels_first, aligned)
+    given = [tensor for tensor in (x, scale, smooth) if tensor is not None]
+    codes = ready(given)
+    assert codes is not None, "it was prepared for such tensors"
+    offer(given, ready)
     return codes
 
 
-def _quantize_samples(
-    known: Checked,
-    x: Tensor,
-    codes: Tensor,
-    channels: int,
-    turned: bool,
-    scale: Tensor,
-    smooth: Tensor | None,
-    segments: Sequence[int],
-) -> None:
-    if not x.numel():
-        return
-    if len(segments) > _MAX_SEGMENTS:
-        columns = [column[:, None].expand(-1, width) for column, width in zip(scale.unbind(1), segments)]
-        scale, segments = torch.cat(columns, dim=1), (1,) * channels
-    scale, smooth = scale.contiguous(), _contiguous(smooth)
-    x_at, smooth_at = x.data_ptr(), _address(smooth)
-    aligned = not (x_at | smooth_at) % 16
-    ready: tuple[Launcher, bytes] | None = known.prepared.get(aligned)
-    if ready is None:
-        ready = known.prepared[aligned] = _prepare_sample(x, scale.shape[0], turned, aligned, tuple(segments))
-    launch, integers = ready
-    pointers = _SAMPLE_POINTERS.pack(x_at, scale.data_ptr(), smooth_at, codes.data_ptr())
-    launch(_Sample.from_buffer_copy(pointers + integers))
-
-
-def _prepare_sample(
+def _sample_launch(
     x: Tensor, scale_rows: int, turned: bool, aligned: bool, segments: tuple[int, ...]
-) -> tuple[Launcher, bytes]:
+) -> tuple[_Plan, bytes]:
     """The launch, and the tail of the kernel's parameters."""
     batch, channels = x.shape[0], sum(segments)
     pixels, samples_per_row = x.numel() // (batch * channels), batch // scale_rows
@@ -190,9 +192,8 @@ def _prepare_sample(
         batch, pixels, samples_per_row = scale_rows, pixels * samples_per_row, 1
     multiprocessors = _cupy.multiprocessors(x.device)
     plan, tail = _sample_plan(_TYPES[x.dtype], batch, pixels, turned, aligned, segments, multiprocessors)
-    ends = (ctypes.c_int * _MAX_SEGMENTS)(*[*accumulate(segments), *([channels] * _MAX_SEGMENTS)][:_MAX_SEGMENTS])
-    params = _Sample(0, 0, 0, 0, channels, pixels, samples_per_row, len(segments), ends, *tail)
-    return plan.launcher(), bytes(params)[_SAMPLE_POINTERS.size :]
+    ends = [*accumulate(segments), *([channels] * _MAX_SEGMENTS)][:_MAX_SEGMENTS]
+    return plan, _SAMPLE.pack(channels, pixels, samples_per_row, len(segments), *ends, *tail)
 
 
 def _token_plan(dtype: int, rows: int, k: int, vectors_fit: bool, multiprocessors: int) -> _Plan:
@@ -290,14 +291,6 @@ def _fuses(device: torch.device, dtype: torch.dtype, k: int, rank: int) -> bool:
     """Whether one kernel can make the codes and the low-rank branch: half precision, on tensor cores that know it."""
     known = dtype == torch.float16 or (dtype == torch.bfloat16 and _cupy.capability(device) >= (8, 0))
     return known and k % 32 == 0 and 0 < rank <= _MAX_RANK
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _ceil(a: int, b: int) -> int:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import struct
-from collections.abc import Callable
-from functools import partial, reduce
+from collections.abc import Sequence
+from functools import reduce
 from operator import or_
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from qdiff.ops import _cupy
-from qdiff.ops._problem import addresses_of
+from qdiff.ops._problem import addresses_of, allocator
+from qdiff.ops._shortcut import offer
 from qdiff.ops.checks import Checked
 from qdiff.ops.low_rank_down import low_rank_down
 
@@ -27,13 +27,7 @@ _STEP = 128  # of K; a tile's step is a warp's unit of work
 _CONFIGURATIONS = ((16, 3), (8, 4), (8, 2), (4, 2))
 _FEW = 16
 
-_POINTERS, _INTEGERS = struct.Struct("10Q"), struct.Struct("8i")
-
-
-class _Params(ctypes.Structure):
-    """The kernel's parameters: ten pointers, eight integers."""
-
-    _fields_ = [("data", ctypes.c_ubyte * (_POINTERS.size + _INTEGERS.size))]
+_INTEGERS = struct.Struct("8i")  # the kernel's, after ten pointers
 
 
 class _Plan(NamedTuple):
@@ -43,18 +37,47 @@ class _Plan(NamedTuple):
     threads: int
     shared_bytes: int
 
-    def launcher(self) -> Callable[[ctypes.Structure], None]:
+    def launcher(self, layout: struct.Struct, integers: bytes) -> _cupy.Launcher:
         kernel = _cupy.kernel("w4a16_linear", self.defines)
-        return partial(kernel.launch, (self.blocks, 1, 1), self.threads, self.shared_bytes)
+        return kernel.launcher((self.blocks, 1, 1), self.threads, self.shared_bytes, layout, integers)
 
 
-class _Ready(NamedTuple):
-    """What a call leaves for the next one of its kind."""
+class _Ready:
+    """What a call leaves for those of its kind whose tensors need no copy."""
 
-    launch: Callable[[ctypes.Structure], None]
-    integers: bytes  # the tail of the kernel's parameters
-    shape: torch.Size
-    strides: tuple[int, ...]
+    def __init__(
+        self,
+        plan: _Plan,
+        x: Tensor,
+        n: int,
+        smooth: Tensor | None,
+        weight: tuple[Tensor | None, ...],
+        bias: Tensor | None,
+        up: Tensor | None,
+    ) -> None:
+        rows, k = x.numel() // x.shape[-1], x.shape[-1]
+        # `low` has x's type.
+        types = (0 if bias is None else _TYPES[bias.dtype], _TYPES[x.dtype], 0 if up is None else _TYPES[up.dtype])
+        integers = _INTEGERS.pack(rows, n, k, 0 if up is None else up.shape[1], plan.block_rows, *types)
+        pointers = (x, smooth, *weight, bias, up, up, x)  # or what else is there when they are: low, y
+        layout = struct.Struct("".join("8x" if tensor is None else "Q" for tensor in pointers))
+        self._launch, self._empty = plan.launcher(layout, integers), allocator(x.device)
+        self._smoothed, self._projected = smooth is not None, up is not None
+        y = torch.empty((*x.shape[:-1], n), device="meta")
+        self._y = tuple(y.shape), y.stride(), x.dtype
+
+    def __call__(self, given: Sequence[Tensor]) -> Tensor | None:
+        """y for x, smooth, codes, multipliers, codebook, scale, bias, up and down, as many as there are, contiguous;
+        None where one of them needs a copy to start at a multiple of 16 bytes."""
+        places = [tensor.data_ptr() for tensor in given]
+        if reduce(or_, places) % 16:
+            return None
+        y = self._empty(*self._y)
+        if self._projected:
+            low = low_rank_down(given[0], given[1] if self._smoothed else None, given[-1])
+            places[-2:] = low.data_ptr(), places[-2]
+        self._launch(*places, y.data_ptr())
+        return y
 
 
 def linear(
@@ -77,36 +100,26 @@ def linear(
     W * smooth: results agree with the reference to that rounding. The low-rank branch's first half is a launch of its
     own.
     """
-    weight = addresses_of((smooth, codes, multipliers, codebook, scale))
-    if reduce(or_, weight) % 16:
-        return None
+    weight = (codes, multipliers, codebook, scale)
     if "ready" not in known.prepared:
-        known.prepared["ready"] = _prepare(x, smooth, codes, multipliers, codebook, scale, group_size, bias, up)
+        known.prepared["ready"] = _prepare(x, smooth, weight, group_size, bias, up)
     ready: _Ready | None = known.prepared["ready"]
-    if ready is None:
+    if ready is None or reduce(or_, addresses_of((smooth, *weight))) % 16:
         return None
-    x = x.contiguous()
-    if x.data_ptr() % 16:
-        x = x.clone()
-    y = torch.empty_strided(ready.shape, ready.strides, dtype=x.dtype, device=x.device)
-    low = None if down is None else low_rank_down(x, smooth, down)
-    bias, up = (None if tensor is None else tensor.contiguous() for tensor in (bias, up))
-    places = _POINTERS.pack(x.data_ptr(), *weight, *addresses_of((bias, low, up, y)))
-    ready.launch(_Params.from_buffer_copy(places + ready.integers))
-    return y
+    given = (_dense(x), smooth, *weight, _dense(bias), _dense(up), _dense(down))
+    offer(given, ready)
+    return ready([tensor for tensor in given if tensor is not None])
 
 
 def _prepare(
     x: Tensor,
     smooth: Tensor | None,
-    codes: Tensor,
-    multipliers: Tensor | None,
-    codebook: Tensor | None,
-    scale: Tensor,
+    weight: tuple[Tensor, Tensor | None, Tensor | None, Tensor],
     group_size: int,
     bias: Tensor | None,
     up: Tensor | None,
 ) -> _Ready | None:
+    codes, multipliers, codebook, _ = weight
     k, n = x.shape[-1], codes.shape[0]
     if not k or k % _BLOCK or not 0 < x.numel() <= _MAX_ROWS * k or not n:
         return None
@@ -114,17 +127,22 @@ def _prepare(
         return None
     if x.dtype != torch.float16 and _cupy.capability(x.device) < (8, 0):
         return None
-    if not all(part is None or part.is_contiguous() for part in (smooth, codes, multipliers, codebook, scale)):
+    if not all(part is None or part.is_contiguous() for part in (smooth, *weight)):
         return None
-    rows, weight = x.numel() // k, 4 if multipliers is not None else 5 if codebook is not None else 8
-    plan = _plan(x.dtype, weight, rows, n, k, _shared_limit(x.device), _cupy.multiprocessors(x.device))
-    if plan is None:
+    rows, kind = x.numel() // k, 4 if multipliers is not None else 5 if codebook is not None else 8
+    plan = _plan(x.dtype, kind, rows, n, k, _shared_limit(x.device), _cupy.multiprocessors(x.device))
+    return None if plan is None else _Ready(plan, x, n, smooth, weight, bias, up)
+
+
+@overload
+def _dense(x: Tensor) -> Tensor: ...
+@overload
+def _dense(x: None) -> None: ...
+def _dense(x: Tensor | None) -> Tensor | None:
+    if x is None:
         return None
-    # `low` has x's type.
-    types = (0 if bias is None else _TYPES[bias.dtype], _TYPES[x.dtype], 0 if up is None else _TYPES[up.dtype])
-    integers = _INTEGERS.pack(rows, n, k, 0 if up is None else up.shape[1], plan.block_rows, *types)
-    y = torch.empty((*x.shape[:-1], n), device="meta")
-    return _Ready(plan.launcher(), integers, y.shape, y.stride())
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _plan(

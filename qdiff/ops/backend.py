@@ -14,7 +14,7 @@ from typing import Literal, cast, get_args
 from torch import Tensor
 
 from qdiff.numerics.ranges import LEVELS
-from qdiff.ops import _cupy
+from qdiff.ops import _cupy, _shortcut
 from qdiff.ops._problem import MAX_SEGMENTS
 
 Backend = Literal["auto", "cuda", "reference"]
@@ -39,6 +39,7 @@ def set_backend(name: Backend) -> None:
     if name not in get_args(Backend):
         raise ValueError(f"backend: got {name!r}, expected one of {', '.join(get_args(Backend))}")
     _backend = name
+    _shortcut.forget()
 
 
 @contextmanager

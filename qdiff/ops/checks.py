@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qdiff.ops import _shortcut
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 FLOAT32 = (torch.float32,)
 INT8 = (torch.int8,)
@@ -57,6 +59,12 @@ def remember(kind: Hashable, refusal: str | None = None) -> Checked:
         CHECKED.clear()
     known = CHECKED[kind] = Checked(refusal)
     return known
+
+
+def forget() -> None:
+    """Check every kind of call anew."""
+    CHECKED.clear()
+    _shortcut.forget()
 
 
 def check_tensor(
@@ -129,8 +137,9 @@ def check_linear_input(
     device, rows = x_codes.device, x_codes.shape[:-1]
     if x_codes.dtype is not torch.int8 or x_codes.dim() < 1:
         raise ValueError(f"x_codes: got {x_codes.dtype} {tuple(x_codes.shape)}, expected int8 [..., K]")
-    check_tensor("x_scale", x_scale, FLOAT32, (x_scale.numel(),), device)
-    check_divides("x_scale", x_scale.shape[0], rows.numel())
+    each = x_scale.shape == rows and rows
+    check_tensor("x_scale", x_scale, FLOAT32, rows if each else (x_scale.numel(),), device)
+    check_divides("x_scale", x_scale.numel(), rows.numel())
     check_bias_and_dtype(bias, n, out_dtype, OUT_DTYPES, device)
     if (x_low is None) != (up is None):
         raise ValueError("x_low, up: got one of them, expected both or neither")

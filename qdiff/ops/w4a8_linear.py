@@ -51,7 +51,7 @@ def w4a8_linear(
 
     Args:
         x_codes: int8 [..., K], M rows in all.
-        x_scale: float32 [R], R dividing M: row r holds for M / R rows.
+        x_scale: float32 [...], one a row; or [R], R dividing M: row r holds for M / R rows.
         codes: uint8 [N, K/2], as `qdiff.numerics.packing` lays them out.
         multipliers: uint8 [N, ceil(G/2)], laid out there as well, G = K / group_size; or None with a codebook.
         codebook: int8 [N, 16], or None with multipliers.

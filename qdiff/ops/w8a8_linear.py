@@ -43,7 +43,7 @@ def w8a8_linear(
 
     Args:
         x_codes: int8 [..., K], M rows in all.
-        x_scale: float32 [R], R dividing M: row r holds for M / R rows.
+        x_scale: float32 [...], one a row; or [R], R dividing M: row r holds for M / R rows.
         codes: int8 [N, K].
         scale: float32 [N].
         bias: float [N] or None.
@@ -83,7 +83,7 @@ def int8_linear(
     shape = (*x_codes.shape[:-1], n)
     if out_dtype == torch.int32:
         return int_matmul(rows, weight).contiguous().view(shape)
-    row_scale = x_scale.repeat_interleave(m // max(1, x_scale.shape[0])).unsqueeze(1)
+    row_scale = x_scale.flatten().repeat_interleave(m // max(1, x_scale.numel())).unsqueeze(1)
     low = None if x_low is None else x_low.reshape(m, x_low.shape[-1]).float()
     up_t = None if x_low is None or up is None else up.to(x_low.dtype).float().t()
     bias = None if bias is None else bias.float()

@@ -260,7 +260,7 @@ class _Reached(Exception):  # noqa: N818  no error
 
 def _arguments(module: Any, name: str, call: Callable[[int], Any]) -> tuple[Any, ...]:
     """The arguments with which a call comes to this function of a module, where it is made to end."""
-    checks.CHECKED.clear()  # a launch that is ready comes to neither of them
+    checks.forget()  # a launch that is ready comes to neither of them
     with mock.patch.object(module, name, side_effect=_Reached) as function, contextlib.suppress(_Reached):
         call(0)
     return tuple(function.call_args.args)

@@ -1,6 +1,7 @@
 """What operators hand to the matrix kernels, and what a second call of a kind keeps of the first; without a GPU."""
 
 import gc
+import inspect
 import math
 import struct
 import sys
@@ -12,7 +13,7 @@ import torch
 
 from qdiff import ops
 from qdiff.numerics.packing import pack_int4, pack_multipliers
-from qdiff.ops import _cupy, _gemm, _gemm_wgmma, _tiles, checks
+from qdiff.ops import _cupy, _gemm, _gemm_wgmma, _shortcut, _tiles, checks
 from qdiff.ops.w8a8_conv2d import int8_conv2d
 
 N, KERNEL = 6, (3, 2)
@@ -34,10 +35,16 @@ def launched(monkeypatch):
     return problems
 
 
-def on_kernels(monkeypatch, name, arguments):
+def on_kernels(monkeypatch, name, arguments, positions=False):
+    """The operator's result on its kernel, by keywords, which takes the dispatcher, or positions, which may not."""
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules[f"qdiff.ops.{name}"], "runs_kernel", lambda op, x, refusal: refusal is None)
-        return getattr(ops, name)(**arguments)
+        operator = getattr(ops, name)
+        return operator(*in_order(name, arguments)) if positions else operator(**arguments)
+
+
+def in_order(name, arguments):
+    return [arguments[parameter] for parameter in inspect.signature(getattr(ops, name)).parameters]
 
 
 def inputs(segments):
@@ -97,10 +104,16 @@ def gpu(monkeypatch):
 
     def kernel(source, defines):
         made.kernels.append((source, dict(defines)))
-        return SimpleNamespace(launch=lambda grid, threads, shared, params: made.params.append(bytes(params)))
+
+        def launcher(grid, threads, shared, layout, rest):
+            return lambda *values: made.params.append(layout.pack(*values) + rest)
+
+        return SimpleNamespace(
+            launch=lambda grid, threads, shared, params: made.params.append(bytes(params)), launcher=launcher
+        )
 
     def forget():
-        checks.CHECKED.clear()
+        checks.forget()
         _gemm_wgmma._plan.cache_clear()
         _gemm_wgmma._maps.clear()
 
@@ -137,11 +150,15 @@ def conv_inputs():
 CALLS = {"w8a8_linear": linear_inputs, "w8a8_conv2d": conv_inputs}
 
 
+by_both_routes = pytest.mark.parametrize("positions", [False, True], ids=["dispatcher", "shortcut"])
+
+
+@by_both_routes
 @pytest.mark.parametrize("path", ["mma", "wgmma"])
 @pytest.mark.parametrize("name", CALLS)
-def test_a_second_call_of_a_kind_launches_what_a_first_one_would(name, path, gpu, monkeypatch):
+def test_a_second_call_of_a_kind_launches_what_a_first_one_would(name, path, positions, gpu, monkeypatch):
     def launched(arguments):
-        result = on_kernels(monkeypatch, name, arguments)
+        result = on_kernels(monkeypatch, name, arguments, positions)
         return result, gpu.params[-1].replace(struct.pack("Q", result.data_ptr()), b"the result's")
 
     one, other = CALLS[name](), CALLS[name]()
@@ -157,34 +174,56 @@ def test_a_second_call_of_a_kind_launches_what_a_first_one_would(name, path, gpu
     assert gpu.kernels[0][0] == f"gemm_{path}"
 
 
+@by_both_routes
 @pytest.mark.parametrize("moved", ["x_codes", "codes", "bias", "residual"])
 @pytest.mark.parametrize("how", ["misaligned", "strided"])
-def test_a_second_call_copies_what_the_kernels_cannot_read(moved, how, gpu, monkeypatch):
+def test_a_second_call_copies_what_the_kernels_cannot_read(moved, how, positions, gpu, monkeypatch):
     arguments = linear_inputs()
     wide = torch.zeros(2 * arguments[moved].numel() + 1, dtype=arguments[moved].dtype)
     flat = wide[1 : 1 + arguments[moved].numel()] if how == "misaligned" else wide[:-1:2]
     view = flat.view(arguments[moved].shape)
     with _gemm.forced_path("mma"):
-        on_kernels(monkeypatch, "w8a8_linear", arguments)
-        on_kernels(monkeypatch, "w8a8_linear", arguments | {moved: view})
-    before, after = (struct.unpack("12Q", params[:96]) for params in gpu.params)
+        on_kernels(monkeypatch, "w8a8_linear", arguments, positions)
+        for _ in range(3):
+            on_kernels(monkeypatch, "w8a8_linear", arguments | {moved: view}, positions)
+    assert [len(kinds) for kinds in _shortcut._known.values()] == [1] * positions
+    before, after, *_ = (struct.unpack("12Q", params[:96]) for params in gpu.params)
     place = before.index(arguments[moved].data_ptr())
     assert after[place] not in (arguments[moved].data_ptr(), view.data_ptr())
     assert not any(address % 16 for address in after)
 
 
-def test_a_second_call_runs_what_is_forced(gpu, monkeypatch):
-    on_kernels(monkeypatch, "w8a8_linear", linear_inputs())
+@by_both_routes
+def test_a_second_call_runs_what_is_forced(positions, gpu, monkeypatch):
+    on_kernels(monkeypatch, "w8a8_linear", linear_inputs(), positions)
     for path, tile, expected in (("mma", "64x32", ("gemm_mma", 32)), ("wgmma", "128x96", ("gemm_wgmma", 96))):
         with _gemm.forced_path(path), _gemm.forced_tile(tile):
-            on_kernels(monkeypatch, "w8a8_linear", linear_inputs())
+            on_kernels(monkeypatch, "w8a8_linear", linear_inputs(), positions)
         source, macros = gpu.kernels[-1]
         assert (source, macros["TOKENS"]) == expected
     asked = len(gpu.kernels)
-    on_kernels(monkeypatch, "w8a8_linear", linear_inputs())
+    on_kernels(monkeypatch, "w8a8_linear", linear_inputs(), positions)
     assert len(gpu.kernels) == asked
 
 
+@pytest.mark.parametrize("path", ["mma", "wgmma"])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_repeated_call_runs_few_functions(name, path, gpu, monkeypatch):
+    """Each takes as long as a look at two tensors, and a call is to cost the host less than a small kernel the GPU."""
+    arguments, called = in_order(name, CALLS[name]()), []
+    monkeypatch.setattr(sys.modules[f"qdiff.ops.{name}"], "runs_kernel", lambda op, x, refusal: True)
+    with _gemm.forced_path(path):
+        for _ in range(2):
+            getattr(ops, name)(*arguments)
+        sys.setprofile(lambda frame, event, _: called.append(frame.f_code.co_name) if event == "call" else None)
+        try:
+            getattr(ops, name)(*arguments)
+        finally:
+            sys.setprofile(None)
+    assert len(called) < 10, called
+
+
+@by_both_routes
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -197,17 +236,18 @@ def test_a_second_call_runs_what_is_forced(gpu, monkeypatch):
     ],
     ids=lambda wrong: next(iter(wrong)),
 )
-def test_a_second_call_is_checked(wrong, gpu, monkeypatch):
-    on_kernels(monkeypatch, "w8a8_linear", linear_inputs())
+def test_a_second_call_is_checked(wrong, positions, gpu, monkeypatch):
+    on_kernels(monkeypatch, "w8a8_linear", linear_inputs(), positions)
     with pytest.raises(ValueError, match="expected"):
-        on_kernels(monkeypatch, "w8a8_linear", linear_inputs() | wrong)
+        on_kernels(monkeypatch, "w8a8_linear", linear_inputs() | wrong, positions)
     assert len(gpu.params) == 1
 
 
-def test_what_is_kept_for_a_second_call_keeps_no_tensor_alive(gpu, monkeypatch):
+@by_both_routes
+def test_what_is_kept_for_a_second_call_keeps_no_tensor_alive(positions, gpu, monkeypatch):
     arguments = linear_inputs()
     left = [
-        weakref.ref(on_kernels(monkeypatch, "w8a8_linear", arguments)),
+        weakref.ref(on_kernels(monkeypatch, "w8a8_linear", arguments, positions)),
         *map(weakref.ref, list(arguments.values())[:-1]),
     ]
     del arguments

@@ -35,13 +35,13 @@ def kernels_only():
 @pytest.fixture
 def launched(monkeypatch):
     """The matrix kernels that were launched."""
-    names, launch = [], _cupy.Kernel.launch
+    names, launch = [], _cupy.Launcher.__call__
 
-    def and_tell(kernel, *args):
-        names.append(kernel._name.removeprefix("gemm_"))
-        launch(kernel, *args)
+    def and_tell(launcher, *values):
+        names.append(launcher.name.removeprefix("gemm_"))
+        launch(launcher, *values)
 
-    monkeypatch.setattr(_cupy.Kernel, "launch", and_tell)
+    monkeypatch.setattr(_cupy.Launcher, "__call__", and_tell)
     return names
 
 

@@ -27,7 +27,9 @@ def test_a_tensor_of_many_blocks_equals_its_rows():
 
 def test_opcheck():
     for smooth in (None, torch.rand(8)):
-        torch.library.opcheck(low_rank_down, (torch.randn(2, 3, 8), smooth, torch.randn(4, 8).half()))
+        torch.library.opcheck(
+            torch.ops.qdiff.low_rank_down.default, (torch.randn(2, 3, 8), smooth, torch.randn(4, 8).half())
+        )
 
 
 @pytest.mark.parametrize(

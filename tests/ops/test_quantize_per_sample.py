@@ -110,8 +110,13 @@ def test_no_samples():
 
 def test_opcheck():
     for smooth in (None, torch.rand(8) + 0.5):
-        torch.library.opcheck(quantize_per_sample, (torch.randn(2, 8, 4, 4), torch.rand(2, 2) + 0.1, smooth, [3, 5], 1))
-        torch.library.opcheck(quantize_per_sample, (torch.randn(2, 4, 8), torch.rand(1, 1) + 0.1, smooth, [8], -1))
+        torch.library.opcheck(
+            torch.ops.qdiff.quantize_per_sample.default,
+            (torch.randn(2, 8, 4, 4), torch.rand(2, 2) + 0.1, smooth, [3, 5], 1),
+        )
+        torch.library.opcheck(
+            torch.ops.qdiff.quantize_per_sample.default, (torch.randn(2, 4, 8), torch.rand(1, 1) + 0.1, smooth, [8], -1)
+        )
 
 
 @pytest.mark.parametrize(

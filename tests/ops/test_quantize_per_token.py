@@ -125,8 +125,8 @@ def test_opcheck():
     for shape in [(3, 8), (2, 3, 8)]:
         for smooth in (None, torch.rand(8)):
             for down in (None, torch.randn(3, 8)):
-                torch.library.opcheck(quantize_per_token, (torch.randn(shape), smooth, down))
-    torch.library.opcheck(quantize_per_token, (torch.randn(3, 8), None, None, 7))
+                torch.library.opcheck(torch.ops.qdiff.quantize_per_token.default, (torch.randn(shape), smooth, down))
+    torch.library.opcheck(torch.ops.qdiff.quantize_per_token.default, (torch.randn(3, 8), None, None, 7))
 
 
 @pytest.mark.parametrize(

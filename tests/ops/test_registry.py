@@ -1,3 +1,5 @@
+import inspect
+
 import pytest
 import torch
 
@@ -9,9 +11,10 @@ OPERATORS = [name for name in ops.__all__ if not name.endswith("_backend")]
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_are_torchs_and_documented(name):
-    operator = getattr(ops, name)
-    assert operator is getattr(torch.ops.qdiff, name).default
+    operator, overload = getattr(ops, name), getattr(torch.ops.qdiff, name).default
     assert "Args:" in operator.__doc__
+    assert operator.__doc__ == overload.__doc__
+    assert list(inspect.signature(operator).parameters) == [argument.name for argument in overload._schema.arguments]
 
 
 def linear(x, weight):

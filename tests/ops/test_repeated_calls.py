@@ -20,10 +20,11 @@ def launched(monkeypatch):
     launches = []
 
     def kernel(source, defines):
-        def launch(grid, threads, shared_bytes, params):
-            launches.append((source, defines, grid, threads, shared_bytes, bytes(params)))
+        def launcher(grid, threads, shared_bytes, layout, rest):
+            shape = (source, defines, grid, threads, shared_bytes)
+            return lambda *values: launches.append((*shape, layout.pack(*values) + rest))
 
-        return SimpleNamespace(launch=launch)
+        return SimpleNamespace(launcher=launcher)
 
     monkeypatch.setattr(_cupy, "kernel", kernel)
     monkeypatch.setattr(_cupy, "capability", lambda device: (9, 0))
@@ -31,9 +32,9 @@ def launched(monkeypatch):
     monkeypatch.setattr(_w4a16_cuda, "_shared_limit", lambda device: 227 << 10)
     for name in CALLS:
         monkeypatch.setattr(sys.modules[f"qdiff.ops.{name}"], "runs_kernel", lambda op, x, refusal: True)
-    checks.CHECKED.clear()
+    checks.forget()
     yield launches
-    checks.CHECKED.clear()
+    checks.forget()
 
 
 def token(down=True):
@@ -61,6 +62,10 @@ def few_rows():
     }
 
 
+ROUTES = {
+    "dispatcher": lambda name, arguments: getattr(ops, name)(**arguments),
+    "shortcut": lambda name, arguments: getattr(ops, name)(*arguments.values()),
+}
 CALLS = {"quantize_per_token": token, "quantize_per_sample": sample, "w4a16_linear": few_rows}
 
 
@@ -72,53 +77,68 @@ def without_results(launch, results):
     return *rest, params
 
 
+@pytest.mark.parametrize("call", ROUTES.values(), ids=ROUTES)
 @pytest.mark.parametrize("name", CALLS)
-def test_a_second_call_of_a_kind_launches_what_a_first_one_would(name, launched, monkeypatch):
+def test_a_second_call_of_a_kind_launches_what_a_first_one_would(name, call, launched, monkeypatch):
     one, other = CALLS[name](), CALLS[name]()
-    result = getattr(ops, name)(**other)
+    result = call(name, other)
     expected = without_results(launched[-1], result)
-    checks.CHECKED.clear()
-    getattr(ops, name)(**one)
+    checks.forget()
+    call(name, one)
     monkeypatch.setattr(_cupy, "kernel", None)  # nobody asks for it again
-    again = getattr(ops, name)(**other)
+    again = call(name, other)
     assert without_results(launched[-1], again) == expected
     assert expected[-1].count(b"a result") == (3 if isinstance(result, tuple) else 1)
 
 
+@pytest.mark.parametrize("call", ROUTES.values(), ids=ROUTES)
 @pytest.mark.parametrize("name", CALLS)
-def test_every_call_of_a_kind_has_a_result_of_its_own(name, launched):
+def test_every_call_of_a_kind_has_a_result_of_its_own(name, call, launched):
     arguments = CALLS[name]()
-    first, second = getattr(ops, name)(**arguments), getattr(ops, name)(**arguments)
+    first, second = call(name, arguments), call(name, arguments)
     for a, b in zip(first, second) if isinstance(first, tuple) else [(first, second)]:
         assert a.data_ptr() != b.data_ptr()
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
+@pytest.mark.parametrize("call", ROUTES.values(), ids=ROUTES)
 @pytest.mark.parametrize(
     ("name", "make", "vectors"),
     [("quantize_per_token", lambda: token(False), "VECTORS"), ("quantize_per_sample", sample, "VALUES")],
 )
-def test_a_view_of_the_kind_that_starts_anywhere_is_read_value_by_value(name, make, vectors, launched):
+def test_a_view_of_the_kind_that_starts_anywhere_is_read_value_by_value(name, make, vectors, call, launched):
     arguments = make()
     shifted = torch.ones(K + 1)[1:]
     for smooth in (arguments["smooth"], shifted, arguments["smooth"]):
-        getattr(ops, name)(**arguments | {"smooth": smooth})
+        call(name, arguments | {"smooth": smooth})
     aligned, anywhere, again = (dict(launch[1])[vectors] for launch in launched)
     assert aligned == again > anywhere
 
 
-def test_weights_of_few_rows_that_start_anywhere_are_the_references(launched):
+@pytest.mark.parametrize("call", ROUTES.values(), ids=ROUTES)
+def test_a_branch_of_another_type_is_cast_at_every_call(call, launched):
+    arguments = token()
+    arguments["down"] = arguments["down"].float()
+    for _ in range(3):
+        call("quantize_per_token", arguments)
+    down = bytes(ctypes.c_uint64(arguments["down"].data_ptr()))
+    assert [down in params for *_, params in launched] == [False] * 3
+
+
+@pytest.mark.parametrize("call", ROUTES.values(), ids=ROUTES)
+def test_weights_of_few_rows_that_start_anywhere_are_the_references(call, launched):
     arguments = few_rows()
-    ops.w4a16_linear(**arguments)
-    y = ops.w4a16_linear(**arguments | {"scale": torch.ones(25)[1:]})
+    call("w4a16_linear", arguments)
+    y = call("w4a16_linear", arguments | {"scale": torch.ones(25)[1:]})
     assert len(launched) == 1
     assert torch.equal(y, torch.zeros(3, 24, dtype=torch.float16))
 
 
+@pytest.mark.parametrize("call", ROUTES.values(), ids=ROUTES)
 @pytest.mark.parametrize(("name", "wrong"), [("quantize_per_sample", "scale"), ("w4a16_linear", "scale")])
-def test_wrong_arguments_are_seen_after_right_ones(name, wrong, launched):
+def test_wrong_arguments_are_seen_after_right_ones(name, wrong, call, launched):
     arguments = CALLS[name]()
-    getattr(ops, name)(**arguments)
+    call(name, arguments)
     with pytest.raises(ValueError, match=wrong):
-        getattr(ops, name)(**arguments | {wrong: arguments[wrong].half()})
+        call(name, arguments | {wrong: arguments[wrong].half()})
     assert len(launched) == 1

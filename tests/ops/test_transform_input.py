@@ -54,9 +54,9 @@ def test_images(order):
 
 
 def test_opcheck():
-    torch.library.opcheck(transform_input, (torch.randn(2, 3, 24), *arguments(), -1))
-    torch.library.opcheck(transform_input, (torch.randn(2, 24, 3, 3), *arguments(), 1))
-    torch.library.opcheck(transform_input, (torch.randn(2, 24), None, None, None, None, -1))
+    torch.library.opcheck(torch.ops.qdiff.transform_input.default, (torch.randn(2, 3, 24), *arguments(), -1))
+    torch.library.opcheck(torch.ops.qdiff.transform_input.default, (torch.randn(2, 24, 3, 3), *arguments(), 1))
+    torch.library.opcheck(torch.ops.qdiff.transform_input.default, (torch.randn(2, 24), None, None, None, None, -1))
 
 
 @pytest.mark.parametrize(

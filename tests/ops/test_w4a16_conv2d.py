@@ -68,7 +68,7 @@ def test_a_codebook_stands_for_the_8_bit_weights_that_it_gives():
 
 def test_opcheck():
     for bits in (4, 8):
-        torch.library.opcheck(w4a16_conv2d, tuple(inputs(bits)[0].values()))
+        torch.library.opcheck(torch.ops.qdiff.w4a16_conv2d.default, tuple(inputs(bits)[0].values()))
 
 
 @pytest.mark.parametrize(

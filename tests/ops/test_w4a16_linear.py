@@ -65,7 +65,9 @@ def test_a_codebook_stands_for_the_8_bit_weights_that_it_gives():
 def test_opcheck():
     for bits in (4, 8):
         for rank in (0, 2):
-            torch.library.opcheck(w4a16_linear, tuple(inputs(bits, rank=rank, smoothed=bool(rank))[0].values()))
+            torch.library.opcheck(
+                torch.ops.qdiff.w4a16_linear.default, tuple(inputs(bits, rank=rank, smoothed=bool(rank))[0].values())
+            )
 
 
 @pytest.mark.parametrize(

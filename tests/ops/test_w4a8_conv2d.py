@@ -69,7 +69,7 @@ def test_int32_gives_the_accumulators_of_all_segments():
 
 def test_opcheck():
     for case in CASES.values():
-        torch.library.opcheck(w4a8_conv2d, tuple(inputs(**case)[0].values()))
+        torch.library.opcheck(torch.ops.qdiff.w4a8_conv2d.default, tuple(inputs(**case)[0].values()))
 
 
 @pytest.mark.parametrize(

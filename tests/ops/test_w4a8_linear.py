@@ -85,8 +85,8 @@ def test_extreme_codes_are_exact():
 def test_opcheck():
     codebook = {"multipliers": None, "codebook": torch.zeros(5, 16, dtype=torch.int8)}
     for changes in ({}, {"bias": False}, {"rank": 2}, {"out_dtype": torch.bfloat16}, {"shape": (2, 3, 16)}):
-        torch.library.opcheck(w4a8_linear, tuple(inputs(**changes)[0].values()))
-    torch.library.opcheck(w4a8_linear, tuple((inputs()[0] | codebook).values()))
+        torch.library.opcheck(torch.ops.qdiff.w4a8_linear.default, tuple(inputs(**changes)[0].values()))
+    torch.library.opcheck(torch.ops.qdiff.w4a8_linear.default, tuple((inputs()[0] | codebook).values()))
 
 
 @pytest.mark.parametrize(

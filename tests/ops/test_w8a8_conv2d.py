@@ -135,8 +135,10 @@ def test_a_half_result_is_the_float32_result_cast_once(dtype):
 
 def test_opcheck():
     for case in ("3x3", "everything differs", "two segments"):
-        torch.library.opcheck(w8a8_conv2d, tuple(inputs(**CASES[case])[0].values()))
-    torch.library.opcheck(w8a8_conv2d, tuple((inputs()[0] | {"out_dtype": torch.int32}).values()))
+        torch.library.opcheck(torch.ops.qdiff.w8a8_conv2d.default, tuple(inputs(**CASES[case])[0].values()))
+    torch.library.opcheck(
+        torch.ops.qdiff.w8a8_conv2d.default, tuple((inputs()[0] | {"out_dtype": torch.int32}).values())
+    )
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,12 @@ def test_the_integer_part_is_exact_and_in_the_documented_order():
     assert torch.equal(w8a8_linear(**arguments), expected)
 
 
+def test_scales_in_the_shape_of_the_rows_are_the_same_in_a_row():
+    arguments = inputs((2, 3, 40))
+    rows = {"x_scale": arguments["x_scale"].view(2, 3)}
+    assert torch.equal(w8a8_linear(**arguments | rows), w8a8_linear(**arguments))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_half_result_is_the_float32_result_cast_once(dtype):
     arguments = inputs((3000, 70), rank=3, residual=True, out_dtype=dtype)
@@ -125,7 +131,7 @@ def test_opcheck():
         {"out_dtype": torch.int32},
         {"shape": (2, 3, 8), "rows": 2},
     ):
-        torch.library.opcheck(w8a8_linear, tuple(inputs(**changes).values()))
+        torch.library.opcheck(torch.ops.qdiff.w8a8_linear.default, tuple(inputs(**changes).values()))
 
 
 @pytest.mark.parametrize(
