@@ -6,13 +6,16 @@
 Draws the same items twice from the same pipeline, in pairs of short turns so that a change of clocks hits both: once
 and no more, and once through the harness, which writes each picture and measures it meanwhile. Prints the pictures a
 second of all processes together, and the overhead. `--like sd15`: a pipeline of Stable Diffusion 1.5's sizes with
-random weights and 512 x 512 pictures; `--pipeline` takes a folder.
+random weights and 512 x 512 pictures; `--pipeline` takes a folder. `--json` adds the figures to a file, those of each
+number of processes beside each other.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -47,6 +50,8 @@ def main() -> None:
     first = processes.process_index * 1_000_000
     items = [Item(index, f"a photograph of thing {index}", first + index) for index in range(arguments.pictures)]
     draw(pipe, items[: arguments.batch], generation)  # warm-up
+    for each in metrics:  # as `evaluate` does before it draws
+        each.prepare()
     with tempfile.TemporaryDirectory() as folder:
         out, source = Path(folder), PipelineSource("candidate", pipe)
         references = entries_of(source, items, generation, ("", ""), out / "reference")
@@ -73,13 +78,22 @@ def main() -> None:
             through.append(seconds(lambda run=run: draw_and_measure(*run), device))
     if processes.is_main_process:
         total = arguments.pictures * processes.num_processes
+        figures: dict[str, Any] = {"pictures": total, "batch": arguments.batch, "steps": arguments.steps}
+        figures |= {"metrics": arguments.metrics, "date": datetime.date.today().isoformat(), "torch": torch.__version__}
+        figures["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         for name, times in (("plain", plain), ("harness", through)):
             median, low, high = median_and_range(times)
             print(f"{name}: {total / median:.2f} pictures/s ({total / high:.2f} to {total / low:.2f})")
+            figures[f"{name}_pictures_per_s"] = {"median": total / median, "low": total / high, "high": total / low}
         overhead = median_and_range([after / before - 1 for before, after in zip(plain, through)])
         print(
             f"overhead: {overhead[0]:.2%} ({overhead[1]:.2%} to {overhead[2]:.2%}), {processes.num_processes} processes"
         )
+        figures["overhead"] = dict(zip(("median", "low", "high"), overhead))
+        if arguments.json is not None:
+            runs = json.loads(arguments.json.read_text()) if arguments.json.is_file() else {}
+            runs[str(processes.num_processes)] = figures
+            arguments.json.write_text(json.dumps(runs, indent=1) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -91,6 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=128, help="a process, a turn")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="a file that the figures are added to")
     parser.add_argument("--metrics", default="psnr,ssim,fd-efficientnet-lite0")
     return parser.parse_args()
 

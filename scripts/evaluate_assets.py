@@ -171,9 +171,9 @@ def distance_changes(
     plan = make_plan(icons, candidates, items, [found], generation, arguments.out, device, arguments.dtype)
     distances, moves = {}, {}
     for name, source in plan.sources.items():
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryFile() as file:
             keys = [entry.key for entry in plan.entries[name]]
-            rows = read_rows(row_folder(arguments.out, found, source.id, None)).ordered(keys, Path(folder) / "rows")
+            rows = read_rows(row_folder(arguments.out, found, source.id, None)).ordered(keys, file)
             kept = np.ones(len(rows), dtype=bool)
             distances[name] = found.reduce(rows, icons, {"candidate": name})[0]
             own = Statistics.of_rows(rows, found.feature_key)

@@ -4,10 +4,11 @@
     python scripts/reproduce_protocol.py coco-10k REFERENCE w4a8=CANDIDATE --captions captions.csv --estimate
     accelerate launch scripts/reproduce_protocol.py coco-10k REFERENCE w4a8=CANDIDATE --captions captions.csv
 
-A protocol is data: how many pictures of what, steps, guidance, size, metrics with their resize mode. Nothing of it is
-shipped: captions (a .txt, .csv or .jsonl file), pipelines and the metrics' weights are yours, and --statistics takes
-the real pictures (a folder, or saved statistics) where a protocol compares with them. Two papers with one protocol's
-name still differ in sampler, captions and reference statistics: compare figures within one run.
+The protocols are data, in scripts/protocols.py: where each was read, and what could not be confirmed, is printed by
+--list. Nothing of them is shipped: captions (a .txt, .csv or .jsonl file), pipelines with their samplers and the
+metrics' weights are yours, and --statistics takes the real pictures (a folder, or saved statistics) where distances are
+to them. Two papers with one protocol's name still differ in captions and reference pictures: compare figures within one
+run.
 
 --estimate draws one batch with each pipeline, prints the hours that a run would take on this machine, and ends.
 """
@@ -17,8 +18,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from protocols import LABELS, PROTOCOLS, Protocol
 
 from qdiff.cli import candidate_names
 from qdiff.evaluation import evaluate
@@ -30,78 +32,6 @@ from qdiff.evaluation.sources import PipelineSource, source_of
 from qdiff.evaluation.timing import wait_for
 
 CLASSES = 1000
-PAIRED = ("psnr", "ssim", "lpips-alex")
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """pictures: how many.  subject: what they show.  size: pixels a side.  real: its distances are to real pictures.
-
-    source: who uses it.
-    """
-
-    pictures: int
-    subject: str
-    steps: int
-    guidance_scale: float
-    size: int
-    metrics: tuple[str, ...]
-    real: bool
-    source: str
-
-
-PROTOCOLS = {
-    "coco-5k": Protocol(
-        5_000,
-        "captions",
-        20,
-        7.5,
-        512,
-        (*PAIRED, "fid", "clip-score"),
-        False,
-        "5,000 captions against full precision, as SVDQuant (arXiv 2411.05007) has for each prompt set",
-    ),
-    "coco-10k": Protocol(
-        10_000,
-        "captions",
-        50,
-        7.5,
-        512,
-        ("fid-legacy-pytorch", "clip-score"),
-        True,
-        "Stable Diffusion on MS-COCO captions, as Q-Diffusion (arXiv 2302.04304)",
-    ),
-    "coco-30k": Protocol(
-        30_000,
-        "captions",
-        50,
-        7.5,
-        512,
-        ("fid-legacy-pytorch", "clip-score"),
-        True,
-        "zero-shot FID-30K on MS-COCO 2014, as the papers of text-to-image models",
-    ),
-    "imagenet-50k": Protocol(
-        50_000,
-        "class labels",
-        250,
-        1.5,
-        256,
-        ("fid-legacy-tensorflow", "inception-score", "precision-recall"),
-        True,
-        "DiT-XL/2 (arXiv 2212.09748); statistics of ADM's evaluation suite",
-    ),
-    "imagenet-50k-20-steps": Protocol(
-        50_000,
-        "class labels",
-        20,
-        3.0,
-        256,
-        ("fid-legacy-tensorflow", "inception-score"),
-        True,
-        "LDM-4 with few steps, as PTQD (arXiv 2305.10657)",
-    ),
-}
 
 
 def main() -> None:
@@ -115,15 +45,16 @@ def main() -> None:
     if arguments.estimate:
         estimate(protocol, items, arguments.reference, candidates, arguments)
         return
-    if protocol.real and arguments.statistics is None:
+    real = arguments.statistics is not None
+    if protocol.real and not real:
         raise SystemExit(f"{arguments.protocol} compares with real pictures: name them with --statistics")
     metrics = list(arguments.metrics.split(",") if arguments.metrics else protocol.metrics)
     # Distances to real pictures are of full precision too: it stands among the candidates.
-    named = {"full precision": arguments.reference, **candidates} if protocol.real else candidates
+    named = {"full precision": arguments.reference, **candidates} if real else candidates
     settings = {"steps": protocol.steps, "guidance_scale": protocol.guidance_scale, "batch_size": arguments.batch}
-    size = {"height": protocol.size, "width": protocol.size} if protocol.subject == "captions" else {}
+    size = {"height": protocol.size, "width": protocol.size} if protocol.subject != LABELS else {}
     report = evaluate(
-        arguments.statistics if protocol.real else arguments.reference,
+        arguments.statistics if real else arguments.reference,
         named,
         items,
         metrics,
@@ -158,18 +89,20 @@ def parse_arguments() -> argparse.Namespace:
 def needs(name: str, protocol: Protocol) -> list[str]:
     """What a person must have, and how much there is to draw."""
     real = "; real pictures or their statistics" if protocol.real else ""
-    calls = protocol.pictures * protocol.steps * (2 if protocol.guidance_scale > 1 else 1)
+    rows = protocol.pictures * protocol.steps * protocol.passes
     return [
         f"{name}: {protocol.source}",
-        f"    {protocol.pictures:,} pictures of {protocol.size} pixels a side, {protocol.steps} steps, guidance "
-        f"{protocol.guidance_scale:g}: {calls / 1e6:.1f} million rows through the denoiser, for each pipeline",
-        f"    needs {protocol.pictures:,} {protocol.subject}{real}; weights of {', '.join(protocol.metrics)}",
+        f"    {protocol.pictures:,} pictures of {protocol.size} pixels a side; {protocol.sampler}, "
+        f"{protocol.steps} steps, guidance {protocol.guidance_scale:g}",
+        f"    {rows:,} rows through the denoiser, for each pipeline",
+        f"    needs {protocol.pictures:,} {protocol.subject}{real}; metrics: {', '.join(protocol.metrics)}",
+        f"    not confirmed, or otherwise here: {protocol.open}",
     ]
 
 
 def items_of(protocol: Protocol, captions: Path | None) -> Sequence[Item]:
     """Class labels, equally many of each class; or as many captions as the protocol asks for."""
-    if protocol.subject == "class labels":
+    if protocol.subject == LABELS:
         return [Item(index, index % CLASSES, index) for index in range(protocol.pictures)]
     if captions is None:
         raise SystemExit(f"this protocol draws {protocol.pictures:,} captions: name their file with --captions")
@@ -188,7 +121,7 @@ def estimate(
 ) -> None:
     """Draw one batch to warm up and one to measure, with each pipeline."""
     device, total = this_process().device, 0.0
-    size = protocol.size if protocol.subject == "captions" else None
+    size = protocol.size if protocol.subject != LABELS else None
     generation = Generation(protocol.steps, protocol.guidance_scale, arguments.batch, size, size)
     for name, folder in {"full precision": reference, **candidates}.items():
         source = source_of(name, folder)

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from qdiff.evaluation.costing import Costs, costs_of_folder, measure_costs
 from qdiff.evaluation.drawing import free
 from qdiff.evaluation.drift import Drift, measure_drift
+from qdiff.evaluation.flops import Ceilings
 from qdiff.evaluation.generation import Generation
+from qdiff.evaluation.metrics.frechet import FrechetDistance
 from qdiff.evaluation.plan import REFERENCE, Plan
 from qdiff.evaluation.processes import Processes
 from qdiff.evaluation.prompts import Item
@@ -40,6 +42,7 @@ class Assembly:
     tables: dict[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     pairs: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)
     flawed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    statistics: dict[str, str] = dataclasses.field(default_factory=dict)
     not_measured: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def report(self, costs: bool, drift: int, settings: Mapping[str, Any]) -> Report:
@@ -64,6 +67,7 @@ class Assembly:
             "device": str(self.processes.device.type),
             "processes": self.processes.num_processes,
             "left_out": self.flawed,
+            "statistics": self.statistics,
             "not_measured": self.not_measured,
         }
 
@@ -89,6 +93,12 @@ class Assembly:
                     values = reduction.pair_values(metric, pictures)
                     entries = self.plan.entries
                     self.pairs += shown_pairs(name, entries[name], entries[REFERENCE], values, self.out)
+
+        if isinstance(reduction.reference, PictureSet) and not self.plan.paired:
+            for metric in self.metrics:
+                if isinstance(metric, FrechetDistance):
+                    path = reduction.save_statistics(metric).relative_to(self.out)
+                    self.statistics[metric.name] = path.as_posix()
 
     def _add_drift(self, pictures: int) -> None:
         reference = self.plan.sources.get(REFERENCE)
@@ -119,6 +129,7 @@ class Assembly:
         self.records.append(Record.exact("denoiser_relative_error", found.layers.denoiser, candidate=name))
 
     def _add_costs(self) -> None:
+        ceilings = Ceilings()
         for name, source in self.plan.sources.items():
             if not isinstance(source, PipelineSource):
                 self.not_measured[f"cost/{name}"] = "a folder of pictures has no cost"
@@ -126,17 +137,22 @@ class Assembly:
             entries = self.plan.entries[name]
             items = [entries[index % len(entries)].item for index in range(self.generation.batch_size)]
             try:
-                costs = self._costs_of(source, items)
+                costs = self._costs_of(source, items, ceilings)
             except RuntimeError as error:
                 self._leave_out(f"cost/{name}", error)
                 continue
             self.records += costs.records({"candidate": name})
             self.not_measured |= {f"{what}/{name}": why for what, why in costs.not_measured.items()}
 
-    def _costs_of(self, source: PipelineSource, items: Sequence[Item]) -> Costs:
+    def _costs_of(self, source: PipelineSource, items: Sequence[Item], ceilings: Ceilings) -> Costs:
+        device = self.processes.device
         if source.folder is not None:
-            return costs_of_folder(source, items, self.generation, self.processes.device)
-        return measure_costs(source.load(self.processes.device), items, self.generation)
+            costs = costs_of_folder(source, items, self.generation, device)
+        else:
+            pipe = source.load(device)
+            costs, device = measure_costs(pipe, items, self.generation), pipe.device
+        costs.compare_with(ceilings, device)
+        return costs
 
     def _leave_out(self, what: str, error: Exception) -> None:
         self.not_measured[what] = str(error)

@@ -21,7 +21,7 @@ import torch
 
 from qdiff.evaluation.cost import half_precision_bytes
 from qdiff.evaluation.energy import energy_counter
-from qdiff.evaluation.flops import count_first_call, matmul_flops_per_second
+from qdiff.evaluation.flops import Ceilings, count_first_call
 from qdiff.evaluation.generation import Generation, draw
 from qdiff.evaluation.prompts import Item
 from qdiff.evaluation.report import Record
@@ -40,13 +40,21 @@ _FRESH = "known of a pipeline's folder alone: it takes a fresh process"
 class Costs:
     """samples: of each figure, one value or several repetitions.  not_measured: why a figure is missing.
 
-    about: the device, the dtype and the batch of all figures.  ceiling: what `flops_of_ceiling` is a part of.
+    about: the device, the dtype and the batch of all figures.  flops_per_second: what the denoiser does, a quantized
+    layer counted as the float one.  ceiling: what `flops_of_ceiling` is a part of.
     """
 
     samples: dict[str, list[float]] = field(default_factory=dict)
     not_measured: dict[str, str] = field(default_factory=dict)
     about: dict[str, str] = field(default_factory=dict)
+    flops_per_second: float = 0.0
     ceiling: str = ""
+
+    def compare_with(self, ceilings: Ceilings, device: torch.device) -> None:
+        """Add `flops_of_ceiling`, for the device and the dtype that were measured."""
+        ceiling = ceilings.of(device, self.about["dtype"])
+        self.samples["flops_of_ceiling"] = [self.flops_per_second / ceiling]
+        self.ceiling = f"{ceiling / 1e12:.3g} TFLOP/s, a square product in {self.about['dtype']}"
 
     def records(self, tags: Mapping[str, str]) -> list[Record]:
         """The median of each figure; `low` and `high` are its smallest and largest repetition."""
@@ -63,8 +71,8 @@ class Costs:
 def measure_costs(pipe: Any, items: Sequence[Item], generation: Generation) -> Costs:
     """Draw `items` as one batch, once to warm up and then at least three times, and return what that takes."""
     device, denoiser = pipe.device, denoiser_of(pipe)
-    dtype = next(denoiser.parameters()).dtype
-    costs = Costs(about={"device": _device_name(device), "dtype": str(dtype), "batch": str(len(items))})
+    dtype = str(next(denoiser.parameters()).dtype)
+    costs = Costs(about={"device": _device_name(device), "dtype": dtype, "batch": str(len(items))})
     costs.samples["stored_bytes"] = [float(half_precision_bytes(denoiser))]
     draw(pipe, items, generation)
     counter = energy_counter(device)
@@ -77,7 +85,7 @@ def measure_costs(pipe: Any, items: Sequence[Item], generation: Generation) -> C
         costs.samples["peak_memory_bytes"] = [float(torch.cuda.max_memory_allocated(device))]
     else:
         costs.not_measured["peak_memory_bytes"] = _FRESH
-    _add_arithmetic(costs, pipe, items, generation, dtype)
+    costs.flops_per_second = _operations(pipe, items, generation) / median_and_range(steps)[0]
     return costs
 
 
@@ -105,13 +113,11 @@ def _timed(
     return runs, steps
 
 
-def _add_arithmetic(costs: Costs, pipe: Any, items: Sequence[Item], generation: Generation, dtype: torch.dtype) -> None:
+def _operations(pipe: Any, items: Sequence[Item], generation: Generation) -> int:
+    """Of one call of the denoiser."""
     with count_first_call(denoiser_of(pipe)) as counts:
         draw(pipe, items, dataclasses.replace(generation, steps=min(2, generation.steps)))
-    ceiling = matmul_flops_per_second(pipe.device, dtype)
-    step = median_and_range(costs.samples["seconds_per_step"])[0]
-    costs.samples["flops_of_ceiling"] = [counts[0] / step / ceiling]
-    costs.ceiling = f"{ceiling / 1e12:.3g} TFLOP/s, a square product in {dtype}"
+    return counts[0]
 
 
 def costs_of_folder(

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,8 +48,22 @@ def count_first_call(module: nn.Module) -> Iterator[list[int]]:
             handle.remove()
 
 
+@dataclass
+class Ceilings:
+    """How many operations a second a device does at best, measured once for each device and dtype."""
+
+    measured: dict[tuple[str, str], float] = field(default_factory=dict)
+
+    def of(self, device: torch.device, dtype: str) -> float:
+        """Return the ceiling of arithmetic in a dtype, by its name ("torch.float16")."""
+        key = (str(device), dtype)
+        if key not in self.measured:
+            self.measured[key] = matmul_flops_per_second(device, getattr(torch, dtype.removeprefix("torch.")))
+        return self.measured[key]
+
+
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the ceiling: operations a second of a large square matrix product, the best of five."""
+    """Return operations a second of a large square matrix product, the best of five."""
     side = GPU_SIDE if device.type == "cuda" else CPU_SIDE
     a, b = torch.randn(2, side, side, device=device, dtype=dtype)
     best = min(_seconds(lambda: a @ b, device) for _ in range(1 + _REPEATS))

@@ -61,7 +61,7 @@ def draw(pipe: Any, items: Sequence[Item], generation: Generation) -> Drawn:
             that takes none), or its output is no batch of colour pictures.
     """
     generators = [torch.Generator("cpu").manual_seed(item.seed) for item in items]
-    result = pipe(**call_arguments(pipe, items, generation), generator=generators, output_type="pt")
+    result = pipe(**call_arguments(type(pipe), items, generation), generator=generators, output_type="pt")
     images = getattr(result, "images", None)
     values = torch.from_numpy(images).permute(0, 3, 1, 2) if isinstance(images, np.ndarray) else images
     if not isinstance(values, torch.Tensor) or values.ndim != 4 or values.shape[:2] != (len(items), 3):
@@ -73,40 +73,38 @@ def draw(pipe: Any, items: Sequence[Item], generation: Generation) -> Drawn:
     return Drawn(pixels.cpu(), finite.cpu())
 
 
-def call_arguments(pipe: Any, items: Sequence[Item], generation: Generation) -> dict[str, Any]:
-    """Return what the pipeline is called with for these items, by the names in its signature.
+def call_arguments(kind: type, items: Sequence[Item], generation: Generation) -> dict[str, Any]:
+    """Return what a pipeline of this class is called with for these items, by the names in its signature.
 
     Raises:
         ValueError: the items do not fit the pipeline.
     """
-    accepted = inspect.signature(pipe.__call__).parameters
+    accepted = inspect.signature(kind.__call__).parameters
     subject = next((name for name in ("prompt", "class_labels") if name in accepted), None)
     if subject is None:
-        raise ValueError(
-            f"{type(pipe).__name__} takes neither prompts nor class labels, so there is nothing to pair by"
-        )
-    arguments: dict[str, Any] = {subject: _conditions(pipe, items, subject), "num_inference_steps": generation.steps}
+        raise ValueError(f"{kind.__name__} takes neither prompts nor class labels, so there is nothing to pair by")
+    arguments: dict[str, Any] = {subject: _conditions(kind, items, subject), "num_inference_steps": generation.steps}
     if any(item.negative_prompt for item in items):
         if "negative_prompt" not in accepted:
-            raise ValueError(f"{type(pipe).__name__} takes no negative prompt; leave that column out")
+            raise ValueError(f"{kind.__name__} takes no negative prompt; leave that column out")
         arguments["negative_prompt"] = [item.negative_prompt or "" for item in items]
     for name in ("guidance_scale", "height", "width"):
         value = getattr(generation, name)
         if value is not None:
-            _check_accepted(pipe, name, accepted)
+            _check_accepted(kind, name, accepted)
             arguments[name] = value
     return arguments
 
 
-def _check_accepted(pipe: Any, name: str, accepted: Mapping[str, Any]) -> None:
+def _check_accepted(kind: type, name: str, accepted: Mapping[str, Any]) -> None:
     if name not in accepted:
-        raise ValueError(f"{name}: {type(pipe).__name__} has no such argument; leave it out")
+        raise ValueError(f"{name}: {kind.__name__} has no such argument; leave it out")
 
 
-def _conditions(pipe: Any, items: Sequence[Item], subject: str) -> list[str] | list[int]:
+def _conditions(kind: type, items: Sequence[Item], subject: str) -> list[str] | list[int]:
     wanted: type = str if subject == "prompt" else int
     wrong = next((item for item in items if not isinstance(item.prompt, wanted)), None)
     if wrong is None:
         return [item.prompt for item in items]  # type: ignore[return-value]  # all are of the wanted type
-    kind = "texts" if wanted is str else "class labels (whole numbers)"
-    raise ValueError(f"{type(pipe).__name__} takes {kind} for prompts: item {wrong.index} has {wrong.prompt!r}")
+    expected = "texts" if wanted is str else "class labels (whole numbers)"
+    raise ValueError(f"{kind.__name__} takes {expected} for prompts: item {wrong.index} has {wrong.prompt!r}")

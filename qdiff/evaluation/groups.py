@@ -54,7 +54,9 @@ def group_records(
     if not metric.splits_by_group or len(members) < 2:
         return []
     records = [
-        metric.reduce(candidate[rows], reference[rows] if reference is not None else None, {**tags, "group": group})[0]
+        metric.reduce(
+            _part(candidate, rows), None if reference is None else _part(reference, rows), {**tags, "group": group}
+        )[0]
         for group, rows in members.items()
     ]
     if metric.compares_sets:
@@ -95,6 +97,12 @@ def permutation_p_value(groups: Sequence[Float64[np.ndarray, "n"]]) -> float:
 def _between(values: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Sum of squares between groups, of values with mean zero, laid group after group."""
     return (np.add.reduceat(values, starts, axis=1) ** 2 / sizes).sum(axis=1)
+
+
+def _part(rows: Float32[np.ndarray, "n d"], which: Int64[np.ndarray, "k"]) -> Float32[np.ndarray, "k d"]:
+    """These rows; a view, so that a memory map stays one, where they lie one after another."""
+    together = which[-1] - which[0] + 1 == len(which)
+    return rows[which[0] : which[-1] + 1] if together else rows[which]
 
 
 def _members(groups: Sequence[str | None], kept: np.ndarray, fewest: int) -> dict[str, Int64[np.ndarray, "k"]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 FLAWS = ("", NAN, BLACK)  # by their number in the rows of flaws
 FLAW_ROWS = "flaw"
+# Packing and unpacking a picture of 512 x 512 takes a core up to 0.1 s, longer than a GPU may need to draw it.
+THREADS = max(1, min(8, (os.cpu_count() or 1) - 1))
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,16 @@ class Measurement:
         self.have = {name: set(read_rows(folder).places) for name, folder in folders.items()}
         self.writers = {name: RowWriter(folder, process) for name, folder in folders.items()}
         self.stack = contextlib.ExitStack()
+        self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="qdiff-pictures")
 
     def __enter__(self) -> Measurement:
+        self.stack.enter_context(self.threads)
         for writer in self.writers.values():
             self.stack.enter_context(writer)
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.stack.close()
+    def __exit__(self, *error: Any) -> None:
+        self.stack.__exit__(*error)
 
     def is_measured(self, entry: Entry, reference: Entry | None) -> bool:
         """Whether every row of the picture is there; of a flawed one this cannot be, so it is looked at again."""
@@ -88,7 +94,7 @@ class Measurement:
         sound = [index for index, flaw in enumerate(flaws) if not flaw]
         references = None
         if job.references is not None and any(metric.needs_reference for metric in self.metrics):
-            read = [read_picture(entry.path) for entry in job.references]
+            read = list(self.threads.map(read_picture, [entry.path for entry in job.references]))
             references = [picture.pixels for picture in read]
             pairs = [index for index in sound if not read[index].flaw]
         for metric in self.metrics:
@@ -103,12 +109,14 @@ class Measurement:
 
     def _pictures(self, job: Job) -> tuple[list[Tensor], list[str]]:
         if job.drawn is None:
-            read = [read_picture(entry.path) for entry in job.entries]
+            read = list(self.threads.map(read_picture, [entry.path for entry in job.entries]))
             return [picture.pixels for picture in read], [picture.flaw or "" for picture in read]
-        flaws = []
-        for entry, pixels, finite in zip(job.entries, job.drawn.pictures, job.drawn.finite.tolist()):
-            PictureStore(entry.path.parent).write(entry.key, pixels, finite=finite)
-            flaws.append(NAN if not finite else BLACK if int(pixels.max()) == 0 else "")
+        finite = job.drawn.finite.tolist()
+        list(self.threads.map(_write, job.entries, job.drawn.pictures, finite))
+        flaws = [
+            NAN if not sound else BLACK if int(pixels.max()) == 0 else ""
+            for pixels, sound in zip(job.drawn.pictures, finite)
+        ]
         return list(job.drawn.pictures), flaws
 
     def _rows(
@@ -130,6 +138,10 @@ class Measurement:
             prompts = [str(job.entries[index].item.prompt) for index in indices]
             rows = metric.rows(pixels, other, prompts).float().cpu().numpy()
             self.writers[metric.feature_key].append([keys[index] for index in indices], rows)
+
+
+def _write(entry: Entry, pixels: Tensor, finite: bool) -> None:
+    PictureStore(entry.path.parent).write(entry.key, pixels, finite=finite)
 
 
 def _runs_of_one_size(indices: Sequence[int], pictures: Sequence[Tensor]) -> Iterator[list[int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import secrets
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
+
+from qdiff.evaluation.disk import writing_to
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
@@ -68,15 +69,10 @@ def written_whole(path: Path) -> Iterator[Path]:
     """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        advice = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
-        raise OSError(
-            error.errno, f"cannot write {path}: {error.strerror or error}; what was written before is kept{advice}"
-        ) from error
+        with writing_to(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield aside
+            aside.replace(path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
@@ -95,6 +91,19 @@ def read_picture(path: Path) -> Picture:
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is no picture that can be read: {error}") from error
     return Picture(pixels, flaw or (BLACK if int(pixels.max()) == 0 else None))
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Return width and height in pixels, from the file's header.
+
+    Raises:
+        ValueError: the file is no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is no picture that can be read: {error}") from error
 
 
 def content_key(path: Path) -> str:

@@ -12,6 +12,7 @@ from qdiff.evaluation.entries import Entry, check_names, entries_of
 from qdiff.evaluation.generation import Generation
 from qdiff.evaluation.metrics.frechet import FrechetDistance
 from qdiff.evaluation.metrics.statistics import Statistics
+from qdiff.evaluation.preconditions import check_pictures, check_requests
 from qdiff.evaluation.prompts import Item, items_of, read_prompts
 from qdiff.evaluation.sources import FolderSource, Source, source_of
 
@@ -58,8 +59,9 @@ def make_plan(
     """Check all input and return the plan; nothing is drawn.
 
     Raises:
-        ValueError: no candidate, a name that is taken, metrics that the sources or prompts do not serve, folders that
-            cannot be paired, or prompts that are malformed.
+        ValueError: no candidate, a name that is taken, metrics that the sources or prompts do not serve, prompts that
+            are malformed or that a pipeline does not take, folders that cannot be paired, or pictures that are too few
+            or too small for a metric, as far as that is known.
         OSError: a folder or a file cannot be read.
     """
     if not candidates or REFERENCE in candidates:
@@ -74,6 +76,8 @@ def make_plan(
     if statistics:
         _check_statistics(metrics, statistics)
     _check_prompts(metrics, items)
+    if items is not None:
+        check_requests(sources, items, generation)
     folder = sources.get(REFERENCE)
     if items is None and needs_pairs and isinstance(folder, FolderSource):
         for source in sources.values():
@@ -86,6 +90,7 @@ def make_plan(
         name: entries_of(source, None if alone and name == REFERENCE else items, generation, where, pictures)
         for name, source in sources.items()
     }
+    check_pictures(metrics, sources, entries, generation, REFERENCE)
     return Plan(sources, entries, paired=bool(needs_pairs) or (items is not None and not alone), statistics=statistics)
 
 
@@ -105,10 +110,10 @@ def _statistics(reference: Any) -> Statistics | None:
 def _check_statistics(metrics: Sequence[Metric], statistics: Statistics) -> None:
     """Now, and not after everything is drawn."""
     for metric in metrics:
-        if metric.compares_sets and not isinstance(metric, FrechetDistance):
+        if isinstance(metric, FrechetDistance):
+            metric.check_statistics(statistics)
+        elif metric.compares_sets:
             raise ValueError(f"{metric.name} compares single pictures: the reference is saved statistics of them")
-        if metric.compares_sets:
-            statistics.require(metric.feature_key, metric.name)
 
 
 def _check_prompts(metrics: Sequence[Metric], items: Sequence[Item] | None) -> None:

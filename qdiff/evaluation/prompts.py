@@ -30,6 +30,11 @@ class Item:
     negative_prompt: str | None = None
     reference: Path | None = None
 
+    @property
+    def subject(self) -> str:
+        """What the picture is to show, for people: the text, or "class 207"."""
+        return self.prompt if isinstance(self.prompt, str) else f"class {self.prompt}"
+
 
 def read_prompts(path: str | Path) -> tuple[Item, ...]:
     """Return the items of a prompt file.

@@ -8,7 +8,7 @@ A row counts once its key's line is whole, and is written before it. Every proce
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +17,8 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
+
+from qdiff.evaluation.disk import writing_to
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -42,15 +44,12 @@ class RowWriter:
         rows = np.ascontiguousarray(rows, dtype="<f4")
         if rows.ndim != 2 or len(rows) != len(keys) or (self._width and rows.shape[1] != self._width):
             raise ValueError(f"rows must be [{len(keys)}, {self._width or 'd'}]: got {rows.shape}")
-        try:
+        with writing_to(self.folder):
             data, names = self._files or self._open(rows.shape[1])
             data.write(rows.tobytes())
             data.flush()
             names.write("".join(f"{key}\n" for key in keys).encode())
             names.flush()
-        except OSError as error:
-            advice = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
-            raise OSError(error.errno, f"cannot write to {self.folder}: {error.strerror}{advice}") from error
 
     def _open(self, width: int) -> tuple[IO[bytes], IO[bytes]]:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +64,9 @@ class RowWriter:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for file in self._files or ():
-            file.close()
+            # After an error of writing, closing tries to write the same again, and fails: the first one is told.
+            with contextlib.suppress(OSError) if error is not None else contextlib.nullcontext():
+                file.close()
 
 
 @dataclass(frozen=True)
@@ -75,24 +76,29 @@ class Rows:
     width: int
     places: dict[str, tuple[Path, int]]
 
-    def ordered(self, keys: Sequence[str], scratch: Path) -> Float[np.ndarray, "n d"]:
-        """Return the rows of `keys` in their order, as a memory map of the new file `scratch`.
+    def ordered(self, keys: Sequence[str], scratch: IO[bytes]) -> Float[np.ndarray, "n d"]:
+        """Return the rows of `keys` in their order, as a memory map of the empty file `scratch`.
 
         Raises:
             KeyError: there is no row for a key.
+            OSError: there is no room for them.
         """
-        gathered = np.lib.format.open_memmap(scratch, "w+", dtype=np.float32, shape=(len(keys), self.width))
         files: dict[Path, np.ndarray] = {}
+        # Written, not mapped and filled: a mapping that finds the disk full ends the process without a word.
         for start in range(0, len(keys), _GATHERED):
-            for index, key in enumerate(keys[start : start + _GATHERED], start=start):
+            gathered = np.empty((len(keys[start : start + _GATHERED]), self.width), dtype=np.float32)
+            for index, key in enumerate(keys[start : start + _GATHERED]):
                 path, row = self.places[key]
                 if path not in files:
                     # By the file's length: a killed process may have left part of a row.
                     count = path.stat().st_size // (4 * self.width)
                     files[path] = np.memmap(path, dtype="<f4", mode="r", shape=(count, self.width))
                 gathered[index] = files[path][row]
-            gathered.flush()
-        return gathered
+            scratch.write(gathered.data)
+        scratch.flush()
+        shape = (len(keys), self.width)
+        # Writable, as torch wants its arrays, and nothing that is written reaches the file.
+        return np.memmap(scratch, dtype=np.float32, mode="c", shape=shape) if keys else np.empty(shape, np.float32)
 
 
 def read_rows(folder: Path) -> Rows:

@@ -56,7 +56,8 @@ def evaluate(
     case that the figures depend neither on the number of processes nor on interruptions.
 
     Args:
-        reference: a diffusers pipeline, a pipeline's folder, a folder of pictures, or saved statistics (.npz).
+        reference: a diffusers pipeline, a pipeline's folder, a folder of pictures, or statistics (.npz): those that a
+            run leaves of real pictures in `out`/statistics, or published ones of Inception.
         candidates: the same but statistics, by the names that they are shown with.
         prompts: a file (see `read_prompts`), prompts, class labels or `Item`s; None compares folders of pictures.
         metrics: names; see `qdiff.evaluation.metrics.METRICS`.
@@ -71,7 +72,7 @@ def evaluate(
         progress: show progress bars.
 
     Raises:
-        ValueError: input that cannot be compared (see `make_plan`), unknown metrics, too few pictures for one.
+        ValueError: input that cannot be compared (see `make_plan`), unknown metrics, weights that cannot be loaded.
         FileNotFoundError: a folder, or a metric's weights: the text says where to put them.
         OSError: a file could not be written; what was written before is kept.
     """
@@ -79,6 +80,9 @@ def evaluate(
     processes, folder = accelerator or this_process(), Path(out)
     chosen = metrics_of(metrics, Weights(None if weights is None else Path(weights), offline), processes.device)
     plan = make_plan(reference, candidates, prompts, chosen, generation, folder, processes.device.type, dtype)
+    if _lacks_rows(plan, chosen, folder, processes):
+        for metric in chosen:
+            metric.prepare()
     shown = progress and processes.is_main_process
     for name, source in plan.sources.items():
         mine = plan.pairs(name)[processes.process_index :: processes.num_processes]
@@ -92,6 +96,16 @@ def evaluate(
         _write(assembly.report(costs, drift, {"dtype": dtype, "metrics": list(metrics)}), path)
     processes.wait_for_everyone()
     return Report.from_json(path.read_text(encoding="utf-8"))
+
+
+def _lacks_rows(plan: Plan, metrics: Sequence[Metric], out: Path, processes: Processes) -> bool:
+    """Whether this process has something to measure."""
+    return any(
+        not measurement.is_measured(*pair)
+        for name in plan.sources
+        for measurement in [_measurement(plan, name, metrics, out, processes.process_index)]
+        for pair in plan.pairs(name)[processes.process_index :: processes.num_processes]
+    )
 
 
 def _measurement(plan: Plan, name: str, metrics: Sequence[Metric], out: Path, process: int) -> Measurement:

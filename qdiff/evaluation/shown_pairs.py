@@ -24,7 +24,7 @@ def shown_pairs(
     return [
         {
             "key": candidate[index].key,
-            "prompt": str(candidate[index].item.prompt),
+            "prompt": candidate[index].item.subject,
             "group": candidate[index].item.group or "",
             "candidate": name,
             "reference_png": _relative(reference[index].path, out),

@@ -43,12 +43,16 @@ class WeightsFile:
 
 @dataclass(frozen=True)
 class Repository:
-    """A model of the Hugging Face hub. files: what must be there.  weights: and one of these, the first by choice."""
+    """A model of the Hugging Face hub. files: what must be there.  weights: and one of these, the first by choice.
+
+    cache: where a package of its own keeps it.
+    """
 
     id: str
     files: tuple[str, ...]
     megabytes: int
     weights: tuple[str, ...] = ("model.safetensors", "pytorch_model.bin")
+    cache: Path | None = None
 
     def found_in(self, folder: Path) -> Found | None:
         """What `folder` has of it: None unless it is all."""
@@ -94,12 +98,14 @@ class Weights:
         return Found(self.folder / name, sha256_of(self.folder / name))
 
     def repository(self, repository: Repository, used_by: str) -> Found:
-        """Return the folder of a hub's repository: `folder/<owner>/<name>`, or in the hub's cache.
+        """Return the folder of a hub's repository: `folder/<owner>/<name>`, or in its own or the hub's cache.
 
         Raises:
             MissingWeightsError: it is nowhere, and offline or the hub does not answer.
         """
         if self.folder and (found := repository.found_in(self.folder / repository.id)):
+            return found
+        if repository.cache and (found := repository.found_in(repository.cache)):
             return found
         if found := _in_hub_cache(repository):
             return found

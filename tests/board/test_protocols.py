@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import evaluate_assets
 import pytest
 import reproduce_protocol
-from reproduce_protocol import PROTOCOLS, Protocol, items_of, needs
+from protocols import LABELS, PROTOCOLS, Protocol
+from reproduce_protocol import items_of, needs
 
 from qdiff.evaluation import Record, Report
 from qdiff.evaluation.metrics import METRICS
@@ -17,7 +18,10 @@ def test_protocols_ask_for_metrics_that_exist_and_say_what_they_need(name):
     assert set(protocol.metrics) <= set(METRICS)
     text = "\n".join(needs(name, protocol))
     assert f"{protocol.pictures:,} {protocol.subject}" in text
-    assert ("real pictures" in text) == protocol.real
+    assert ("; real pictures" in text) == protocol.real
+    assert f"{protocol.pictures * protocol.steps * protocol.passes:,} rows" in text
+    assert protocol.source in text
+    assert protocol.open in text
 
 
 def test_class_labels_come_equally_often_and_captions_from_their_file(tmp_path):
@@ -26,7 +30,7 @@ def test_class_labels_come_equally_often_and_captions_from_their_file(tmp_path):
     for item in labels:
         counts[item.prompt] += 1
     assert set(counts) == {50}
-    few = Protocol(2, "captions", 1, 1.0, 64, ("psnr",), False, "a test")
+    few = Protocol(2, "captions", "any", 1, 1.0, 1, 64, ("psnr",), False, "a test", "nothing")
     (tmp_path / "captions.txt").write_text("a\nb\nc\n")
     assert [item.prompt for item in items_of(few, tmp_path / "captions.txt")] == ["a", "b"]
     with pytest.raises(SystemExit, match="needs 10,000"):
@@ -37,7 +41,7 @@ def test_class_labels_come_equally_often_and_captions_from_their_file(tmp_path):
 
 def test_an_estimate_is_of_all_pipelines(tiny_dit, tmp_path, capsys):
     tiny_dit().save_pretrained(tmp_path / "pipe")
-    protocol = Protocol(100, "class labels", 2, 2.0, 16, ("psnr",), False, "a test")
+    protocol = Protocol(100, LABELS, "any", 2, 2.0, 2, 16, ("psnr",), False, "a test", "nothing")
     folder = tmp_path / "pipe"
     items = items_of(protocol, None)
     reproduce_protocol.estimate(protocol, items, folder, {"it": folder}, SimpleNamespace(batch=2))

@@ -1,9 +1,12 @@
 """What `evaluate` refuses, before anything is drawn, and what it says."""
 
 import pytest
+import torch
 from PIL import Image
 
 from qdiff.evaluation import evaluate
+from qdiff.evaluation.generation import Generation, draw
+from qdiff.evaluation.pipeline_facts import facts_of
 from qdiff.evaluation.prompts import Item
 from qdiff.evaluation.sources import source_of
 
@@ -129,3 +132,82 @@ def test_pairs_with_statistics(folders, tmp_path):
     )
     assert not (tmp_path / "o").exists()
     refused(path, {"it": folders[0]}, out=tmp_path / "o", metrics=("kd-efficientnet-lite0",), match="single pictures")
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Drawing anything fails the test."""
+    monkeypatch.setattr("qdiff.evaluation.drawing.draw", lambda *_: pytest.fail("drawn"))
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["in-memory", "in-a-folder"])
+def test_pictures_that_are_too_small_are_refused_before_the_first_one(tiny_sd, undrawn, tmp_path, saved):
+    reference = candidate = tiny_sd()
+    if saved:
+        reference.save_pretrained(tmp_path / "sd")
+        reference = candidate = tmp_path / "sd"
+    match = r"ms_ssim needs pictures of 176 pixels a side or more: reference draws 16x16"
+    refused(reference, {"it": candidate}, ["red cat"], metrics=("ms_ssim",), out=tmp_path / "o", match=match)
+    # The pipeline's own size does not matter where it is told another.
+    match = r"ms_ssim needs .* reference draws 512x160"
+    size = {"width": 512, "height": 160}
+    refused(reference, {"it": candidate}, ["red cat"], metrics=("ms_ssim",), out=tmp_path / "o", match=match, **size)
+
+
+def test_pictures_that_are_too_few_are_refused_before_the_first_one(tiny_sd, undrawn, tmp_path):
+    for metric, fewest in (("precision-recall-efficientnet-lite0", 4), ("kd-efficientnet-lite0", 2)):
+        match = f"{metric} needs {fewest} pictures or more: reference has {fewest - 1}"
+        prompts = ["red cat"] * (fewest - 1)
+        refused(tiny_sd(), {"it": tiny_sd()}, prompts, metrics=(metric,), out=tmp_path / "o", match=match)
+
+
+def test_sizes_of_a_pipeline_and_of_a_folder_that_differ_are_refused_before_the_first_one(tiny_sd, undrawn, tmp_path):
+    after = pictures(tmp_path / "after", ["0.png"], size=(16, 24))
+    match = r"after/0\.png is 16x24, reference draws 16x16"
+    refused(tiny_sd(), {"it": after}, ["red cat"], out=tmp_path / "o", match=match)
+
+
+def test_a_candidate_that_takes_other_prompts_is_refused_before_the_reference_is_drawn(
+    tiny_sd, tiny_dit, undrawn, tmp_path
+):
+    tiny_dit().save_pretrained(tmp_path / "dit")
+    folder = tmp_path / "dit"
+    refused(tiny_sd(), {"it": folder}, ["a"], out=tmp_path / "o", match="DiTPipeline takes class labels")
+    match = "class labels must be below 1000, the number of classes of it: item 1 has 1000"
+    refused(tiny_dit(), {"it": folder}, [3, 1000], out=tmp_path / "o", match="below 1000, the number of classes of ref")
+    refused(pictures(tmp_path / "b", ["0.png", "1.png"]), {"it": folder}, [3, 1000], out=tmp_path / "o", match=match)
+
+
+def test_a_configuration_that_is_cut_short_is_named(tiny_sd, undrawn, tmp_path):
+    tiny_sd().save_pretrained(tmp_path / "sd")
+    (tmp_path / "sd" / "vae" / "config.json").write_text("{")
+    match = r"vae/config\.json is no JSON that can be read"
+    refused(tiny_sd(), {"it": tmp_path / "sd"}, ["red cat"], out=tmp_path / "o", match=match)
+
+
+def test_the_size_that_is_expected_is_the_one_that_is_drawn(tiny_sd, tiny_dit, tmp_path):
+    for index, (pipe, prompt) in enumerate([(tiny_sd(), "red cat"), (tiny_dit(), 3)]):
+        pipe.save_pretrained(tmp_path / str(index))
+        for source in (source_of("it", pipe), source_of("it", tmp_path / str(index))):
+            facts = facts_of(source)
+            drawn = draw(pipe, [Item(0, prompt, 0)], Generation(steps=1))
+            assert drawn.pictures.shape[2:] == (facts.side, facts.side)
+            assert facts.kind is type(pipe)
+
+
+def test_weights_that_cannot_be_loaded_are_named_before_anything_is_drawn(tiny_sd, undrawn, tmp_path):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "squeeze-random.pth").write_bytes(b"no state dict")
+    torch.save({"features.0.weight": torch.zeros(3)}, folder / "alex-random.pth")
+    for net, why in (("squeeze", "UnpicklingError"), ("alex", "KeyError")):
+        match = rf"lpips-{net}-random: .*{net}-random\.pth cannot be loaded as its weights \({why}"
+        options = {"metrics": (f"lpips-{net}-random",), "weights": folder, "height": 32, "width": 32}
+        refused(tiny_sd(), {"it": tiny_sd()}, ["red cat"], out=tmp_path / "o", match=match, **options)
+    model = folder / "openai" / "clip-vit-base-patch32"
+    model.mkdir(parents=True)
+    for name in ("config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors"):
+        (model / name).write_text("{}")
+    match = rf"clip-score-vit-b-32: {model} cannot be loaded as its weights"
+    options = {"metrics": ("clip-score-vit-b-32",), "weights": folder}
+    refused(tiny_sd(), {"it": tiny_sd()}, ["red cat"], out=tmp_path / "o", match=match, **options)

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from qdiff.evaluation import evaluate, flops
 from qdiff.evaluation.costing import costs_of_folder, measure_costs
 from qdiff.evaluation.energy import energy_counter
-from qdiff.evaluation.flops import count_first_call, matmul_flops_per_second
+from qdiff.evaluation.flops import Ceilings, count_first_call, matmul_flops_per_second
 from qdiff.evaluation.generation import Generation
 from qdiff.evaluation.prompts import items_of
 from qdiff.evaluation.sources import PipelineSource
@@ -23,6 +24,7 @@ def test_a_loaded_pipeline_is_timed_where_it_is(tiny_sd):
     assert len(costs.samples["seconds_per_image"]) == 3
     assert len(costs.samples["seconds_per_step"]) == 3 * 2  # three runs, from the first step's end to the last's
     assert costs.samples["stored_bytes"] == [2.0 * sum(p.numel() for p in pipe.unet.parameters())]
+    costs.compare_with(Ceilings(), CPU)
     assert 0 < costs.samples["flops_of_ceiling"][0] < 2
     assert "peak_memory_bytes" in costs.not_measured
     by_name = {record.name: record for record in costs.records({"candidate": "it"})}
@@ -79,6 +81,27 @@ def test_a_product_counts_two_operations_a_multiplication():
         layer(torch.randn(4, 8))
     assert counts == [2 * 4 * 8 * 16]
     assert matmul_flops_per_second(CPU, torch.float32) > 1e8
+
+
+def test_the_ceiling_is_measured_once_for_each_device_and_dtype(monkeypatch):
+    measured = []
+    monkeypatch.setattr(flops, "matmul_flops_per_second", lambda *what: measured.append(what) or 10.0 * len(measured))
+    ceilings = Ceilings()
+    asked = [("cuda:0", "float16"), ("cuda:0", "float16"), ("cuda:0", "float32"), ("cuda:1", "float16")]
+    found = [ceilings.of(torch.device(device), f"torch.{dtype}") for device, dtype in asked]
+    assert found == [10.0, 10.0, 20.0, 30.0]
+    assert measured[1] == (torch.device("cuda:0"), torch.float32)
+
+
+def test_sources_of_one_run_share_their_ceiling(tiny_sd, tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(flops, "matmul_flops_per_second", lambda *what: measured.append(what) or 1e12)
+    pipes = tiny_sd(), {"one": tiny_sd(), "two": tiny_sd()}
+    report = evaluate(*pipes, ["red cat"], ("psnr",), out=tmp_path, steps=2, drift=0, progress=False)
+    assert len(measured) == 1
+    records = [record for record in report.records if record.name == "flops_of_ceiling"]
+    assert {record.tags["candidate"] for record in records} == {"reference", "one", "two"}
+    assert {record.provenance["ceiling"] for record in records} == {"1 TFLOP/s, a square product in torch.float32"}
 
 
 def test_marks_and_medians():

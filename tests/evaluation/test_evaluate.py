@@ -11,8 +11,11 @@ from PIL import Image
 
 from qdiff.evaluation import Record, Report, evaluate
 from qdiff.evaluation.metrics import Metric, registry
+from qdiff.evaluation.metrics.features import Features
+from qdiff.evaluation.metrics.frechet import FrechetDistance
 from qdiff.evaluation.pictures import PictureStore
 from qdiff.evaluation.prompts import Item
+from qdiff.evaluation.weights import Found
 
 PROMPTS = [
     Item(index, prompt, 10 + index, group)
@@ -164,6 +167,44 @@ def test_sets_of_other_sizes_are_compared_as_sets(tiny_sd, tmp_path, mean_colour
     record = report.find("mean_colour", candidate="it")
     assert (record.n, record.provenance) == (5, {"m": "7"})
     assert report.settings["pictures"] == {"reference": 7, "it": 5}
+
+
+class Colours(Features):
+    """Three features of a picture: its mean colour."""
+
+    name, width, resize = "colours", 3, "none"
+
+    def provenance(self):
+        return {"package": "none"}
+
+    def load(self):
+        pass
+
+    def extract(self, pictures):
+        return pictures.float().mean((2, 3))
+
+
+def test_statistics_of_real_pictures_are_kept_and_serve_in_their_place(tiny_sd, tmp_path, monkeypatch):
+    distance = FrechetDistance(Colours(Found(tmp_path, "0" * 64), torch.device("cpu")))
+    monkeypatch.setitem(registry.REGISTRY, "fd-colours", lambda weights, device: distance)
+    (tmp_path / "real").mkdir()
+    for index in range(4):
+        Image.new("RGB", (20, 30), (60 * index, 200, 30 * index**2)).save(tmp_path / "real" / f"{index}.png")
+
+    def evaluated(reference, out):
+        return evaluate(reference, {"it": pipe}, PROMPTS, ("fd-colours",), out=tmp_path / out, **QUICK)
+
+    pipe = tiny_sd()
+    from_pictures = evaluated(tmp_path / "real", "one")
+    kept = tmp_path / "one" / from_pictures.settings["statistics"]["fd-colours"]
+    from_statistics = evaluated(kept, "two")
+    one, other = (report.find("fd_colours", candidate="it") for report in (from_pictures, from_statistics))
+    assert one.value > 0
+    assert other.value == pytest.approx(one.value, rel=1e-9)
+    assert from_statistics.settings["statistics"] == {}
+    written = kept.stat().st_mtime_ns
+    evaluated(tmp_path / "real", "one")
+    assert kept.stat().st_mtime_ns == written
 
 
 def test_class_labels_are_drawn_and_paired(tiny_dit, tmp_path):

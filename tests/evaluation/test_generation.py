@@ -31,7 +31,7 @@ def test_the_seed_and_nothing_else_is_the_noise(tiny_sd):
 def test_class_labels_and_negative_prompts_are_handed_over(tiny_sd, tiny_dit):
     assert draw(tiny_dit(), items_of([3, 5]), GENERATION).pictures.shape == (2, 3, 16, 16)
     items = [Item(0, "red cat", 0, negative_prompt="house"), Item(1, "apple", 1)]
-    assert call_arguments(tiny_sd(), items, GENERATION)["negative_prompt"] == ["house", ""]
+    assert call_arguments(type(tiny_sd()), items, GENERATION)["negative_prompt"] == ["house", ""]
     plain = [Item(0, "red cat", 0), Item(1, "apple", 1)]
     assert not torch.equal(*(draw(tiny_sd(), some, GENERATION).pictures[0] for some in (items, plain)))
 
@@ -61,11 +61,11 @@ def test_items_that_do_not_fit_are_refused(tiny_sd, items, settings, message):
 
 def test_a_class_conditional_pipeline_refuses_what_it_cannot_take(tiny_dit):
     with pytest.raises(ValueError, match="takes class labels"):
-        call_arguments(tiny_dit(), [Item(0, "a cat", 0)], GENERATION)
+        call_arguments(type(tiny_dit()), [Item(0, "a cat", 0)], GENERATION)
     with pytest.raises(ValueError, match="no negative prompt"):
-        call_arguments(tiny_dit(), [Item(0, 3, 0, negative_prompt="x")], GENERATION)
+        call_arguments(type(tiny_dit()), [Item(0, 3, 0, negative_prompt="x")], GENERATION)
     with pytest.raises(ValueError, match="height"):
-        call_arguments(tiny_dit(), [Item(0, 3, 0)], Generation(height=64))
+        call_arguments(type(tiny_dit()), [Item(0, 3, 0)], Generation(height=64))
 
 
 def test_an_output_that_is_no_picture_is_refused():

@@ -1,3 +1,4 @@
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,17 @@ def write(folder, keys, rows, process=0):
         writer.append(keys, np.asarray(rows, dtype=np.float32))
 
 
-def test_rows_come_back_in_the_order_asked_for(tmp_path):
+@pytest.fixture
+def scratch():
+    with tempfile.TemporaryFile() as file:
+        yield file
+
+
+def test_rows_come_back_in_the_order_asked_for(tmp_path, scratch):
     write(tmp_path / "rows", ["a", "b"], [[1, 2], [3, 4]], process=1)
     write(tmp_path / "rows", ["c"], [[5, 6]])
     found = read_rows(tmp_path / "rows")
-    assert found.ordered(["c", "a", "b"], tmp_path / "scratch.npy").tolist() == [[5, 6], [1, 2], [3, 4]]
+    assert found.ordered(["c", "a", "b"], scratch).tolist() == [[5, 6], [1, 2], [3, 4]]
 
 
 def test_a_key_counts_once_whoever_wrote_it(tmp_path):
@@ -25,7 +32,7 @@ def test_a_key_counts_once_whoever_wrote_it(tmp_path):
 
 
 @pytest.mark.parametrize("cut", ["rows", "keys"])
-def test_what_a_kill_cut_short_does_not_count(tmp_path, cut):
+def test_what_a_kill_cut_short_does_not_count(tmp_path, scratch, cut):
     write(tmp_path, ["first", "second"], [[1, 2], [3, 4]])
     path = next(tmp_path.glob(f"*.{cut}"))
     path.write_bytes(path.read_bytes()[:-3])
@@ -33,7 +40,7 @@ def test_what_a_kill_cut_short_does_not_count(tmp_path, cut):
     assert list(found.places) == ["first"]
     write(tmp_path, ["second"], [[3, 4]])
     again = read_rows(tmp_path)
-    assert again.ordered(["first", "second"], tmp_path / "scratch").tolist() == [[1, 2], [3, 4]]
+    assert again.ordered(["first", "second"], scratch).tolist() == [[1, 2], [3, 4]]
 
 
 def test_rows_of_different_widths_are_refused(tmp_path):
@@ -47,6 +54,21 @@ def test_rows_of_different_widths_are_refused(tmp_path):
 
 def test_nothing_is_there_at_first(tmp_path):
     assert read_rows(tmp_path / "none").places == {}
+
+
+def test_no_room_for_the_rows_in_their_order_is_told(tmp_path):
+    write(tmp_path, ["a"], [[1, 2]])
+    with pytest.raises(OSError, match="No space left"), Path("/dev/full").open("wb") as full:
+        read_rows(tmp_path).ordered(["a"], full)
+
+
+def test_rows_in_their_order_may_be_changed_and_may_be_none(tmp_path, scratch):
+    write(tmp_path, ["a"], [[1, 2]])
+    rows = read_rows(tmp_path).ordered(["a"], scratch)
+    rows += 1
+    assert read_rows(tmp_path).ordered([], scratch).shape == (0, 2)
+    scratch.seek(0)
+    assert np.frombuffer(scratch.read(), np.float32).tolist() == [1, 2]
 
 
 def test_a_full_disk_is_told(tmp_path):

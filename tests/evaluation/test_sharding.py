@@ -4,14 +4,14 @@ import copy
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from qdiff import cli
 from qdiff.evaluation import Report, drawing, evaluate
 from qdiff.evaluation.pictures import PictureStore
 from qdiff.evaluation.rows import read_rows
@@ -130,21 +130,26 @@ def test_an_error_in_the_background_ends_the_run_and_keeps_what_was_done(pipes, 
     assert len(list(tmp_path.rglob("*.png"))) == 14
 
 
-@pytest.mark.slow
-def test_launched_processes_find_each_other_and_share_the_work(pipes, tmp_path):
+def command_line(*arguments):
+    """What a launched process runs; forked, it has imported everything already."""
+    torch.set_num_threads(1)  # a forked child has no threads of its parent's
+    PartialState._reset_state()
+    cli.app(arguments, standalone_mode=False)
+
+
+def test_launched_processes_find_each_other_and_share_the_work(pipes, tmp_path, monkeypatch):
     for name, pipe in (("reference", pipes[0]), ("it", pipes[1]["it"])):
         pipe.save_pretrained(tmp_path / name)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    # accelerate's own launcher hands CPU processes to MPI; torch's sets the same variables.
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "qdiff.cli"]
-    options = ["--prompts", "prompts.txt", "--metrics", "psnr,ssim", "--steps", "2", "--guidance-scale", "3"]
-    command = [sys.executable, *launcher, "evaluate", "reference", "it", *options, "--no-costs", "--out", "two"]
-    added = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]), "OMP_NUM_THREADS": "1"}
-    added["ACCELERATE_USE_CPU"] = "true"
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, **added}, capture_output=True, text=True, timeout=110, check=False
+    # What torchrun runs. accelerate's own launcher hands CPU processes to MPI; torch's sets the same variables.
+    launcher = elastic_launch(
+        LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork", max_restarts=0),
+        command_line,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    options = ["--prompts", "prompts.txt", "--metrics", "psnr,ssim", "--steps", "2", "--guidance-scale", "3"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    launcher("evaluate", "reference", "it", *options, "--no-costs", "--out", "two")
     report = Report.from_json((tmp_path / "two" / "report.json").read_text())
     assert report.settings["processes"] == 2
     alone = SimpleNamespace(

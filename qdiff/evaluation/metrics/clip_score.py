@@ -43,6 +43,9 @@ class ClipScore(TextAlignment):
     def provenance(self) -> dict[str, str]:
         return {"package": package("torchmetrics"), **super().provenance()}
 
+    def load(self) -> None:
+        _ = self._model
+
     def scores(self, pictures: UInt8[Tensor, "B 3 height width"], prompts: list[str]) -> Tensor:
         # One picture a call: torchmetrics gives the mean of a call and nothing else.
         score = optional("torchmetrics.functional.multimodal.clip_score", self.name).clip_score

@@ -36,6 +36,8 @@ class Metric(ABC):
     higher_is_better: ClassVar[bool]
     # Pictures must have as many pixels a side.
     minimum_side: ClassVar[int] = 1
+    # reduce() needs as many pictures of each source.
+    minimum_pictures: ClassVar[int] = 1
 
     @property
     @abstractmethod
@@ -55,6 +57,14 @@ class Metric(ABC):
     @abstractmethod
     def provenance(self) -> dict[str, str]:
         """What a figure depends on beside the pictures: package, backbone, hash of the weights, resize mode."""
+
+    def prepare(self) -> None:  # noqa: B027  # most need nothing
+        """Load what `rows` computes with, so that what is wrong with it is known before anything is drawn.
+
+        Raises:
+            ValueError: weights that cannot be loaded.
+            ImportError: a package that they need is not installed.
+        """
 
     @abstractmethod
     def rows(

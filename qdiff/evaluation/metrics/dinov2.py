@@ -50,6 +50,9 @@ class DinoV2(Features):
             "resize": self.resize,
         }
 
+    def load(self) -> None:
+        _ = self._network
+
     @torch.no_grad()
     def extract(self, pictures: UInt8[Tensor, "B 3 height width"]) -> Float32[Tensor, "B width"]:
         resize = optional("cleanfid.resize", self.name).make_resizer("PIL", False, "bicubic", (SIDE, SIDE))

@@ -48,6 +48,9 @@ class EfficientNetLite0(Features):
             "resize": self.resize,
         }
 
+    def load(self) -> None:
+        _ = self._network
+
     @torch.no_grad()
     def extract(self, pictures: UInt8[Tensor, "B 3 height width"]) -> Float32[Tensor, "B width"]:
         x = (pictures.to(self.device).float() - 127) / 128  # the network's own normalization

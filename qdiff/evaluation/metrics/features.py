@@ -54,5 +54,9 @@ class Features(ABC):
         """Package, backbone, hash of the weights, resize mode."""
 
     @abstractmethod
+    def load(self) -> None:
+        """Read the weights, unless they are read already."""
+
+    @abstractmethod
     def extract(self, pictures: UInt8[Tensor, "B 3 height width"]) -> Float32[Tensor, "B width"]:
         """Return the features of each picture, on the CPU."""

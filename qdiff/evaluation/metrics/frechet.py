@@ -35,6 +35,7 @@ class FrechetDistance(OfFeatures):
     standard = "fid"
     compares_sets = True
     higher_is_better = False
+    minimum_pictures = 2
 
     def reduce(
         self,
@@ -46,7 +47,7 @@ class FrechetDistance(OfFeatures):
         own = Statistics.of_rows(candidate, self.feature_key, kept=kept)
         notes = left_out(self.record_name, kept, "candidate", tags)
         if isinstance(reference, Statistics):
-            reference.require(self.feature_key, self.name)
+            self.check_statistics(reference)
             other = reference
             moves = influences(own, other, (candidate, kept))
         else:
@@ -60,11 +61,23 @@ class FrechetDistance(OfFeatures):
         value = self._distance(own, other)
         low, high = shifted_interval(value, *moves)
         record = Record(self.record_name, value, max(0.0, low), high, own.n, tags)
-        return [record.sourced(self.provenance() | self._caution(own, other)), *notes]
+        about = self.provenance() | dict(other.provenance if not other.feature_key else {})
+        return [record.sourced(about | self._caution(own, other)), *notes]
 
     def provenance(self) -> dict[str, str]:
         found = super().provenance()
         return found | {"distance": package("torch_fidelity"), "interval": INTERVAL}
+
+    def check_statistics(self, reference: Statistics) -> None:
+        """Raise `ValueError` unless these are, as far as they say it, statistics of this metric's features."""
+        if reference.feature_key:
+            reference.require(self.feature_key, self.name)
+        elif not self.name.startswith(self.standard) or len(reference.mean) != self.features.width:
+            raise ValueError(
+                f"published statistics of {len(reference.mean)} features are of the published Inception: "
+                f"{self.name} compares {self.features.width} others; use fid, fid-legacy-pytorch or "
+                "fid-legacy-tensorflow, whichever they were made with"
+            )
 
     def _distance(self, own: Statistics, other: Statistics) -> float:
         fidelity = optional("torch_fidelity.metric_fid", self.name)
@@ -72,7 +85,7 @@ class FrechetDistance(OfFeatures):
         return float(fidelity.fid_statistics_to_metric(*moments, verbose=False)[fidelity.KEY_METRIC_FID])
 
     def _caution(self, own: Statistics, other: Statistics) -> dict[str, str]:
-        fewest = min(own.n, other.n)
+        fewest = min(part.n for part in (own, other) if part.n)
         if fewest > self.features.width:
             return {}
         text = (

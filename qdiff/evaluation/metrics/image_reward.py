@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,12 +14,20 @@ from torch import Tensor
 from qdiff.evaluation.metrics.packages import optional, package
 from qdiff.evaluation.metrics.registry import register
 from qdiff.evaluation.metrics.text_alignment import TextAlignment
-from qdiff.evaluation.weights import Repository, Weights
+from qdiff.evaluation.weights import MissingWeightsError, Repository, Weights
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
 
-MODEL = Repository("THUDM/ImageReward", ("med_config.json",), 1790, weights=("ImageReward.pt",))
+MODEL = Repository(
+    "THUDM/ImageReward",
+    ("med_config.json",),
+    1790,
+    weights=("ImageReward.pt",),
+    cache=Path("~/.cache/ImageReward").expanduser(),
+)
+# The package reads it from the hub's cache and from nowhere else, and otherwise downloads it without a word.
+TOKENIZER = Repository("bert-base-uncased", ("vocab.txt",), 1, weights=())
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,9 @@ class ImageReward(TextAlignment):
     def provenance(self) -> dict[str, str]:
         return {"package": package("image-reward"), **super().provenance()}
 
+    def load(self) -> None:
+        _ = self._model
+
     def scores(self, pictures: UInt8[Tensor, "B 3 height width"], prompts: list[str]) -> Tensor:
         images = [Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()) for picture in pictures]
         return torch.tensor([self._model.score(text, image) for image, text in zip(images, prompts, strict=True)])
@@ -49,4 +61,12 @@ class ImageReward(TextAlignment):
 @register("image-reward")
 def _published(weights: Weights, device: torch.device) -> ImageReward:
     optional("ImageReward", "image-reward", "image-reward")
-    return ImageReward(weights.repository(MODEL, "image-reward"), device)
+    model = weights.repository(MODEL, "image-reward")
+    try:
+        Weights(None, weights.offline).repository(TOKENIZER, "image-reward")
+    except MissingWeightsError as error:
+        raise MissingWeightsError(
+            f"image-reward's package reads the tokenizer {TOKENIZER.id} from the Hugging Face cache, where it is not: "
+            f"`hf download {TOKENIZER.id}` on a machine with a network, and copy the cache"
+        ) from error
+    return ImageReward(model, device)

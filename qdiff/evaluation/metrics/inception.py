@@ -32,8 +32,8 @@ TORCHSCRIPT = WeightsFile(
 STATE_DICT = WeightsFile(
     "pt_inception-2015-12-05-6726825d.pth",
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-    "6726825d",
-    91,
+    "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    96,
     aliases=("weights-inception-2015-12-05-6726825d.pth",),  # torch-fidelity's name for it
 )
 RANDOM = "inception-random.pth"
@@ -87,6 +87,9 @@ class Inception(Features):
             "weights_sha256": self.weights.sha256,
             "resize": self.resize,
         }
+
+    def load(self) -> None:
+        _ = self._torch_fidelity if self.mode == "legacy_tensorflow" else self._clean_fid
 
     @torch.no_grad()
     def extract(self, pictures: UInt8[Tensor, "B 3 height width"]) -> Float32[Tensor, "B width"]:

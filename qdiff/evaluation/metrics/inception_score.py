@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ class InceptionScore(OfFeatures):
     general = "inception-score"
     standard = "inception-score"
     higher_is_better = True
+    minimum_pictures = 2 * SPLITS
 
     @property
     def name(self) -> str:
@@ -56,22 +58,37 @@ class InceptionScore(OfFeatures):
     ) -> list[Record]:
         tags, kept = tags or {}, self.kept(candidate, "candidate")
         n = int(kept.sum())
-        if n < 2 * SPLITS:
-            raise ValueError(f"{self.name} needs {2 * SPLITS} pictures or more for its {SPLITS} splits: got {n}")
-        fidelity = optional("torch_fidelity.metric_isc", self.name)
-        scores = torch.from_numpy(np.array(candidate[kept]))
-        value = fidelity.isc_features_to_metric(scores, SPLITS, True, SEED)[fidelity.KEY_METRIC_ISC_MEAN]
+        if n < self.minimum_pictures:
+            fewest = self.minimum_pictures
+            raise ValueError(f"{self.name} needs {fewest} pictures or more for its {SPLITS} splits: got {n}")
+        value = self._score(candidate, np.flatnonzero(kept))
         # The derivative of exp(mean divergence): that through the mean of all classes sums to zero.
         low, high = shifted_interval(value, value * _divergences(candidate, kept))
         record = Record(self.record_name, value, max(1.0, low), high, n, tags)
         return [record.sourced(self.provenance()), *left_out(self.record_name, kept, "candidate", tags)]
 
+    def _score(self, rows: np.ndarray, places: np.ndarray) -> float:
+        """As torch-fidelity shuffles and splits, with one split in memory at a time."""
+        fidelity = optional("torch_fidelity.metric_isc", self.name)
+        shuffled = places[np.random.RandomState(SEED).permutation(len(places))]
+        ends = [split * len(places) // SPLITS for split in range(SPLITS + 1)]
+        scores = []
+        for start, end in itertools.pairwise(ends):
+            part = torch.from_numpy(np.asarray(rows[shuffled[start:end]]))
+            scores.append(fidelity.isc_features_to_metric(part, 1, False)[fidelity.KEY_METRIC_ISC_MEAN])
+        return float(np.mean(scores))
+
 
 def _divergences(scores: np.ndarray, kept: np.ndarray) -> Float64[np.ndarray, "n"]:
     """Kullback-Leibler divergence of each picture's classes from their mean over all pictures."""
-    logs = [torch.from_numpy(chunk).log_softmax(dim=1).numpy() for chunk in chunks(scores, kept)]
-    mean = np.log(sum(np.exp(part).sum(axis=0) for part in logs) / kept.sum())
-    return np.concatenate([(np.exp(part) * (part - mean)).sum(axis=1) for part in logs])
+    mean = np.log(sum(np.exp(part).sum(axis=0) for part in _logs(scores, kept)) / kept.sum())
+    return np.concatenate([(np.exp(part) * (part - mean)).sum(axis=1) for part in _logs(scores, kept)])
+
+
+def _logs(scores: np.ndarray, kept: np.ndarray) -> Iterator[Float64[np.ndarray, "c 1008"]]:
+    """Logarithms of the classes' probabilities, some thousands of pictures at a time."""
+    for chunk in chunks(scores, kept):
+        yield torch.from_numpy(chunk).log_softmax(dim=1).numpy()
 
 
 @register("inception-score")

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from qdiff.evaluation.bootstrap import shifted_interval
 from qdiff.evaluation.metrics.finite import ROWS_AT_ONCE, left_out
-from qdiff.evaluation.metrics.of_features import OfFeatures
+from qdiff.evaluation.metrics.of_features import OfFeatures, tensor_of
 from qdiff.evaluation.metrics.packages import optional, package
 from qdiff.evaluation.report import Record
 
@@ -40,6 +40,7 @@ class KernelDistance(OfFeatures):
     compares_sets = True
     splits_by_group = True
     higher_is_better = False
+    minimum_pictures = 2
 
     def provenance(self) -> dict[str, str]:
         found = super().provenance()
@@ -57,23 +58,25 @@ class KernelDistance(OfFeatures):
         notes = left_out(self.record_name, kept, "candidate", tags)
         notes += left_out(self.record_name, kept_there, "reference", tags)
         paired = len(candidate) == len(rows) and kept.all() and kept_there.all()
-        own, other = _compact(candidate, kept), _compact(rows, kept_there)
-        if min(len(own), len(other)) < 2:
-            raise ValueError(f"{self.name} needs two pictures or more of both: got {len(own)} and {len(other)}")
+        own, other = tensor_of(candidate, kept), tensor_of(rows, kept_there)
+        if min(len(own), len(other)) < self.minimum_pictures:
+            raise ValueError(
+                f"{self.name} needs {self.minimum_pictures} pictures or more of both: got {len(own)} and {len(other)}"
+            )
         value, draw_error = self._distance(own, other)
-        moves = self._influences(own, other)
+        moves = self._influences(own.numpy(), other.numpy())
         low, high = shifted_interval(value, *((moves[0] + moves[1],) if paired else moves))
         low, high = value - math.hypot(value - low, draw_error), value + math.hypot(high - value, draw_error)
         record = Record(self.record_name, value, low, high, len(own), tags)
         return [record.sourced(self.provenance()), *notes]
 
-    def _distance(self, own: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    def _distance(self, own: Tensor, other: Tensor) -> tuple[float, float]:
         """The distance, and the 95 % half-width that the random choice of subsets leaves it with."""
         fidelity = optional("torch_fidelity.metric_kid", self.name)
         size = min(SUBSET_SIZE, len(own), len(other))
         subsets = 1 if size == len(own) == len(other) else SUBSETS  # all subsets are the same
         found = fidelity.kid_features_to_metric(
-            _tensor(own), _tensor(other), kid_subsets=subsets, kid_subset_size=size, rng_seed=SEED, verbose=False
+            own, other, kid_subsets=subsets, kid_subset_size=size, rng_seed=SEED, verbose=False
         )
         error = 1.96 * found[fidelity.KEY_METRIC_KID_STD] / math.sqrt(subsets)
         return found[fidelity.KEY_METRIC_KID_MEAN], error
@@ -97,12 +100,3 @@ def _mean_kernel(kernel: Any, rows: np.ndarray, others: np.ndarray, same: bool) 
         itself = np.arange(start, start + len(block))[:, None] == chosen if same else np.zeros(block.shape, dtype=bool)
         means.append(np.where(itself, 0, block).sum(axis=1) / (~itself).sum(axis=1))
     return np.concatenate(means)
-
-
-def _compact(rows: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    return rows if kept.all() else rows[kept]
-
-
-def _tensor(rows: np.ndarray) -> torch.Tensor:
-    """A view of the rows; a read-only memory map is copied, because torch has no read-only tensors."""
-    return torch.from_numpy(rows if rows.flags.writeable else np.array(rows))

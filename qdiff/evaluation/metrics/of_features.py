@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from qdiff.evaluation.metrics.contract import Metric, check_batch
 from qdiff.evaluation.metrics.features import Features
 from qdiff.evaluation.metrics.finite import finite_rows
+from qdiff.evaluation.metrics.loading import loading
 from qdiff.evaluation.metrics.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -39,6 +41,10 @@ class OfFeatures(Metric):
     def provenance(self) -> dict[str, str]:
         return self.features.provenance()
 
+    def prepare(self) -> None:
+        with loading(self.features.weights, self.name):
+            self.features.load()
+
     def rows(
         self,
         candidate: UInt8[Tensor, "B 3 height width"],
@@ -65,3 +71,10 @@ class OfFeatures(Metric):
         if reference is None:
             raise ValueError(f"{self.name} compares two sets of pictures: reference must be given")
         return reference
+
+
+def tensor_of(rows: Float32[np.ndarray, "n d"], kept: Bool[np.ndarray, "n"]) -> Float32[Tensor, "k d"]:
+    """The rows that are kept: a view where that is all of them, so that a memory map stays one."""
+    chosen = rows if kept.all() else rows[kept]
+    # torch has no read-only tensors.
+    return torch.from_numpy(chosen if chosen.flags.writeable else np.array(chosen))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.evaluation.metrics.contract import check_batch
+from qdiff.evaluation.metrics.loading import loading
 from qdiff.evaluation.metrics.packages import optional, package
 from qdiff.evaluation.metrics.per_picture import PerPicture
 from qdiff.evaluation.metrics.registry import register
@@ -21,11 +22,19 @@ if TYPE_CHECKING:
     from jaxtyping import Float32, UInt8
 
 _URL = "https://download.pytorch.org/models/"
+
+
+def _trunk(name: str, sha256: str, megabytes: int) -> WeightsFile:
+    """torchvision's file, which has the first eight digits of its hash in its name."""
+    file = f"{name}-{sha256[:8]}.pth"
+    return WeightsFile(file, _URL + file, sha256, megabytes)
+
+
 # The trunks of torchvision; the linear layers over them come with the lpips package.
 TRUNKS = {
-    "alex": WeightsFile("alexnet-owt-7be5be79.pth", _URL + "alexnet-owt-7be5be79.pth", "7be5be79", 233),
-    "vgg": WeightsFile("vgg16-397923af.pth", _URL + "vgg16-397923af.pth", "397923af", 528),
-    "squeeze": WeightsFile("squeezenet1_1-b8a52dc0.pth", _URL + "squeezenet1_1-b8a52dc0.pth", "b8a52dc0", 5),
+    "alex": _trunk("alexnet-owt", "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02", 244),
+    "vgg": _trunk("vgg16", "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0", 553),
+    "squeeze": _trunk("squeezenet1_1", "b8a52dc049b60e4b6ab68ad0df457362afab8b6304b2febdc1650a5dab4d7e7b", 5),
 }
 # In smaller pictures the second pooling of AlexNet finds no window.
 MINIMUM_SIDE = 31
@@ -66,6 +75,10 @@ class Lpips(PerPicture):
             "linear_sha256": sha256_of(linear),
             "resize": "none",
         }
+
+    def prepare(self) -> None:
+        with loading(self.trunk, self.name):
+            _ = self._network
 
     @torch.no_grad()
     def rows(

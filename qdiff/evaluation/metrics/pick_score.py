@@ -44,6 +44,9 @@ class PickScore(TextAlignment):
     def provenance(self) -> dict[str, str]:
         return {"package": package("transformers"), **super().provenance()}
 
+    def load(self) -> None:
+        _ = self._model
+
     def scores(self, pictures: UInt8[Tensor, "B 3 height width"], prompts: list[str]) -> Tensor:
         model, processor = self._model
         settings = {"padding": True, "truncation": True, "max_length": 77, "return_tensors": "pt"}

@@ -12,7 +12,7 @@ import torch
 from qdiff.evaluation.metrics.efficientnet import efficientnet_lite0
 from qdiff.evaluation.metrics.finite import left_out
 from qdiff.evaluation.metrics.inception import inception
-from qdiff.evaluation.metrics.of_features import OfFeatures
+from qdiff.evaluation.metrics.of_features import OfFeatures, tensor_of
 from qdiff.evaluation.metrics.packages import optional, package
 from qdiff.evaluation.metrics.registry import register
 from qdiff.evaluation.report import Record
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from qdiff.evaluation.metrics.statistics import Statistics
 
 NEIGHBOURS = 3
-# Distances are kept for as many rows at a time against all others: 200 MB at 50,000 pictures.
-DISTANCES_AT_ONCE = 1000
+# Distances in memory at a time, 200 MB of them, however many pictures there are; and of how many rows at most.
+DISTANCES_AT_ONCE, ROWS_AT_ONCE = 50_000_000, 1000
 INTERVAL = "bootstrap over pictures, 2000 resamples, the neighbourhoods held fixed"
 
 
@@ -41,6 +41,7 @@ class PrecisionRecall(OfFeatures):
     standard = "precision-recall"
     compares_sets = True
     higher_is_better = True
+    minimum_pictures = NEIGHBOURS + 1
 
     @property
     def record_name(self) -> str:
@@ -64,10 +65,10 @@ class PrecisionRecall(OfFeatures):
             )
         fidelity = optional("torch_fidelity.metric_prc", self.name)
         found = fidelity.prc_features_to_metric(
-            torch.from_numpy(np.array(candidate[kept])),
-            torch.from_numpy(np.array(rows[kept_there])),
+            tensor_of(candidate, kept),
+            tensor_of(rows, kept_there),
             prc_neighborhood=NEIGHBOURS,
-            prc_batch_size=DISTANCES_AT_ONCE,
+            prc_batch_size=max(1, min(ROWS_AT_ONCE, DISTANCES_AT_ONCE // max(len(candidate), len(rows)))),
             save_cpu_ram=True,
             verbose=False,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qdiff.evaluation.metrics.finite import ROWS_AT_ONCE
+from qdiff.evaluation.pictures import written_whole
+from qdiff.evaluation.weights import sha256_of
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float32, Float64
@@ -23,8 +26,9 @@ FORMAT_VERSION = 1
 class Statistics:
     """What a Gaussian fit knows of a set of pictures.
 
-    n: how many pictures.  mean, covariance: of their features (divided by n - 1).  feature_key: of the extractor with
-    its weights and resize mode: only features of the same key may be compared.
+    n: how many pictures, 0 where that is not known.  mean, covariance: of their features (divided by n - 1).
+    feature_key: of the extractor with its weights and resize mode: only features of the same key may be compared. ""
+    for statistics that others published, which do not say it: then it is on trust, and the provenance says so.
     """
 
     n: int
@@ -66,30 +70,40 @@ class Statistics:
             )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write an .npz file, making its folder, and return its path."""
+        """Write an .npz file, whole or not at all, making its folder, and return its path."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         about = {"version": FORMAT_VERSION, "n": self.n, "feature_key": self.feature_key}
         text = json.dumps(about | {"provenance": dict(self.provenance)})
-        with path.open("wb") as stream:  # a name without .npz stays as it is
+        with written_whole(path) as aside, aside.open("wb") as stream:  # a name without .npz stays as it is
             np.savez(stream, mean=self.mean, covariance=self.covariance, about=np.array(text))
         return path
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
-        """Read what `save` wrote.
+        """Read what `save` wrote, or statistics of Inception as they are published.
+
+        Those hold "mu" and "sigma": pytorch-fid, clean-fid and guided-diffusion write them.
 
         Raises:
             ValueError: the file holds no such statistics, or of a version that is not known.
         """
         try:
             with np.load(path, allow_pickle=False) as data:
+                if {"mu", "sigma"} <= set(data.files):
+                    return cls._published(Path(path), data["mu"], data["sigma"])
                 about, mean, covariance = json.loads(str(data["about"])), data["mean"], data["covariance"]
-        except (KeyError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} holds no feature statistics that qdiff saved: {error}") from error
+        except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} holds no feature statistics that can be read: {error}") from error
         if about.get("version") != FORMAT_VERSION:
             raise ValueError(f"{path} must be of version {FORMAT_VERSION}: got {about.get('version')}; update qdiff")
         return cls(int(about["n"]), mean, covariance, about["feature_key"], about["provenance"])
+
+    @classmethod
+    def _published(cls, path: Path, mean: np.ndarray, covariance: np.ndarray) -> Statistics:
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(f"mu must be [d] and sigma [d, d]: got {mean.shape} and {covariance.shape}")
+        about = f"{path.name}, sha256 {sha256_of(path)[:12]}; its network and resize mode are taken on trust"
+        return cls(0, mean.astype(np.float64), covariance.astype(np.float64), "", {"reference": about})
 
 
 def chunks(rows: Float32[np.ndarray, "n d"], kept: Bool[np.ndarray, "n"]) -> Iterator[Float64[np.ndarray, "c d"]]:

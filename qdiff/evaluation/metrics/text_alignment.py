@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qdiff.evaluation.metrics.contract import check_batch
+from qdiff.evaluation.metrics.loading import loading
 from qdiff.evaluation.metrics.per_picture import PerPicture
 from qdiff.evaluation.weights import Found
 
@@ -40,6 +41,10 @@ class TextAlignment(PerPicture):
     def provenance(self) -> dict[str, str]:
         return {"backbone": self.backbone, "weights_sha256": self.weights.sha256, "resize": "the model's own processor"}
 
+    def prepare(self) -> None:
+        with loading(self.weights, self.name):
+            self.load()
+
     @torch.no_grad()
     def rows(
         self,
@@ -49,6 +54,10 @@ class TextAlignment(PerPicture):
     ) -> Float32[Tensor, "B 1"]:
         check_batch(self, candidate, reference, prompts)
         return self.scores(candidate, list(prompts or ())).reshape(-1, 1).float().cpu()
+
+    @abstractmethod
+    def load(self) -> None:
+        """Read the weights, unless they are read already."""
 
     @abstractmethod
     def scores(self, pictures: UInt8[Tensor, "B 3 height width"], prompts: list[str]) -> Tensor:

@@ -16,6 +16,7 @@ from qdiff.evaluation.page.plots import drift_charts, drift_findings, group_char
 from qdiff.evaluation.page.rules import RULES, Outcome
 from qdiff.evaluation.page.sheet import Sheet
 from qdiff.evaluation.page.verdict import WORDS, Verdict, judge
+from qdiff.evaluation.pictures import written_whole
 from qdiff.evaluation.report import Report
 
 __all__ = ["write_page"]
@@ -48,7 +49,8 @@ def write_page(report: Report, folder: str | os.PathLike[str]) -> Path:
     script = resources.files("qdiff.evaluation.page").joinpath("page.js").read_text(encoding="utf-8")
     page = document(report.title, lead_of(sheet), "".join(sections), _footer(report), script)
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    with written_whole(path) as aside:
+        aside.write_text(page, encoding="utf-8")
     return path
 
 
@@ -59,7 +61,9 @@ def lead_of(sheet: Sheet) -> str:
     details = [f"{sheet.pictures:,} pictures"] if sheet.pictures else []
     details += [f"{settings['steps']} steps"] if settings.get("steps") else []
     details += [f"guidance {settings['guidance_scale']:g}"] if settings.get("guidance_scale") else []
-    return f"{names} against {sheet.reference}{': ' if details else ''}{', '.join(details)}."
+    place = settings.get("sources", {}).get(sheet.reference, {}).get("from")
+    reference = f"{sheet.reference} ({place})" if place else sheet.reference
+    return f"{names} against {reference}{': ' if details else ''}{', '.join(details)}."
 
 
 PRICE = "Up and left is better. The line is the front: what no other candidate beats in both. Whiskers: 95 % intervals."
@@ -134,7 +138,9 @@ def _card(verdict: Verdict) -> str:
 
 def _footer(report: Report) -> list[str]:
     settings = "; ".join(
-        f"{name.replace('_', ' ')} {value}" for name, value in report.settings.items() if _short(value)
+        f"{name.replace('_', ' ')} {value}"
+        for name, value in report.settings.items()
+        if name != "reference" and _short(value)
     )
     sources = "; ".join(f"{name} from {source['from']}" for name, source in report.settings.get("sources", {}).items())
     versions = ", ".join(f"{name} {version}" for name, version in report.environment.items())

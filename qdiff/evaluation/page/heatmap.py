@@ -17,6 +17,7 @@ from qdiff.evaluation.html import data_uri
 from qdiff.evaluation.page.measures import percent
 
 MOST_ROWS = 48  # as many as fit a screen
+MOST_CHARACTERS = 36  # of a row's name
 LARGEST = 5
 WIDEST = 1000  # the largest error over the smallest one that has a colour of its own
 # Of cividis (Nunez, Anderton and Renslow 2018): the same to eyes with and without colour vision deficiency.
@@ -79,6 +80,17 @@ def picture(heat: HeatMap, lowest: float, highest: float) -> bytes:
     return buffer.getvalue()
 
 
+def label(name: str) -> str:
+    """Return a layer's name with parts left out of its middle where it is too long: its block and its end tell it."""
+    parts = name.split(".")
+    end = next(index for index in range(len(parts) - 1, -1, -1) if index == 0 or not parts[index].isdecimal())
+    for kept in range(end, 0, -1):
+        short = ".".join(parts[:kept]) + ("." if kept == end else "…") + ".".join(parts[end:])
+        if len(short) <= MOST_CHARACTERS:
+            return short
+    return name
+
+
 def _blocks(layers: Sequence[str], depth: int) -> dict[str, list[int]]:
     blocks: dict[str, list[int]] = {}
     for index, name in enumerate(layers):
@@ -87,7 +99,7 @@ def _blocks(layers: Sequence[str], depth: int) -> dict[str, list[int]]:
 
 
 def _figure(name: str, heat: HeatMap, scale: tuple[float, float]) -> str:
-    labels = "".join(f'<li title="{escape(row, quote=True)}"><bdi>{escape(row)}</bdi></li>' for row in heat.rows)
+    labels = "".join(f'<li title="{escape(row, quote=True)}"><bdi>{escape(label(row))}</bdi></li>' for row in heat.rows)
     middle = len(heat.columns) // 2
     ticks = "".join(f"<span>{heat.columns[i]:g}</span>" for i in sorted({0, middle, len(heat.columns) - 1}))
     layers = list(dict.fromkeys(layer for row in heat.worst for layer in row))

@@ -128,7 +128,7 @@ def _saving(sheet: Sheet, candidate: str) -> Finding:
             shares[what] = after.value / before.value
     if not shares:
         return Finding(Outcome.NOT_MEASURED, "What it saves was not measured.")
-    says = f"Takes {', '.join(f'{share:.0%} of the {what}' for what, share in shares.items())}"
+    says = f"Takes {', '.join(f'{100 * share:.0f} % of the {what}' for what, share in shares.items())}"
     if min(shares.values()) >= 1:
         return Finding(Outcome.LOOK, f"{says}: saves nothing that was measured.")
     return Finding(Outcome.SHIP, f"{says}.")

@@ -23,6 +23,9 @@ class Given(Features):
     def provenance(self):
         return {"resize": self.resize}
 
+    def load(self):
+        raise NotImplementedError
+
     def extract(self, pictures):
         raise NotImplementedError
 
@@ -148,3 +151,31 @@ def test_statistics_need_memory_for_a_part_of_the_rows(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < mapped.nbytes / 3
+
+
+@pytest.mark.filterwarnings("ignore")  # of clean-fid's use of scipy
+@pytest.mark.parametrize("extra", [{}, {"mu_s": np.zeros(3), "sigma_s": np.eye(3)}], ids=["clean-fid", "ADM"])
+def test_published_statistics_are_of_the_published_network_on_trust(tmp_path, extra):
+    """As clean-fid, pytorch-fid and guided-diffusion write them: the distance is clean-fid's own."""
+    own, other = (rng.normal(size=(300, 64)).astype(np.float32) for rng in map(np.random.default_rng, (1, 2)))
+    moments = [(rows.mean(0, dtype=float), np.cov(rows.astype(float), rowvar=False)) for rows in (own, other)]
+    np.savez(tmp_path / "stats.npz", mu=moments[1][0], sigma=moments[1][1], **extra)
+    reference = Statistics.load(tmp_path / "stats.npz")
+    published = FrechetDistance(Inception(Found(tmp_path, "0" * 64), CPU, "legacy_tensorflow", "64"))
+    record = published.reduce(own, reference)[0]
+    expected = cleanfid.fid.frechet_distance(*moments[0], *moments[1])
+    assert record.name == "fid_legacy_tensorflow"
+    assert record.value == pytest.approx(expected, rel=1e-6)
+    assert record.low < record.value < record.high
+    assert record.provenance["reference"].startswith("stats.npz, sha256 ")
+    assert "on trust" in record.provenance["reference"]
+    random = FrechetDistance(Inception(Found(tmp_path, "0" * 64), CPU, "legacy_tensorflow", "64", "random"))
+    for metric_of_other_features in (random, GIVEN):
+        with pytest.raises(ValueError, match="published statistics of 64 features are of the published Inception"):
+            metric_of_other_features.reduce(own[:, : metric_of_other_features.features.width], reference)
+
+
+def test_statistics_that_do_not_fit_each_other_are_refused(tmp_path):
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(3), sigma=np.eye(4))
+    with pytest.raises(ValueError, match=r"stats\.npz holds no feature statistics.*mu must be \[d\]"):
+        Statistics.load(tmp_path / "stats.npz")

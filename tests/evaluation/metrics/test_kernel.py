@@ -21,6 +21,9 @@ class Given(Features):
     def provenance(self):
         return {"resize": self.resize}
 
+    def load(self):
+        raise NotImplementedError
+
     def extract(self, pictures):
         raise NotImplementedError
 

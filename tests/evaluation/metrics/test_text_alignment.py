@@ -16,7 +16,7 @@ from transformers import (
 from qdiff.evaluation.metrics import metric
 from qdiff.evaluation.metrics.clip_score import MODELS
 from qdiff.evaluation.metrics.pick_score import MODEL, PROCESSOR
-from qdiff.evaluation.weights import MissingWeightsError, Weights
+from qdiff.evaluation.weights import Found, MissingWeightsError, Weights
 
 TEXTS = ["a cat, noto style", "a red house", "an apple", "a green cat in a red house"]
 
@@ -95,6 +95,9 @@ def test_image_reward_is_its_packages(tmp_path, pictures, monkeypatch):
     folder.mkdir(parents=True)
     for name in ("ImageReward.pt", "med_config.json"):
         (folder / name).write_text(name)
+    with pytest.raises(MissingWeightsError, match="reads the tokenizer bert-base-uncased from the Hugging Face cache"):
+        metric("image-reward", Weights(tmp_path, offline=True))
+    monkeypatch.setattr("qdiff.evaluation.weights._in_hub_cache", lambda repository: Found(tmp_path, "0" * 64))
     rows = metric("image-reward", Weights(tmp_path, offline=True)).rows(pictures[:2], prompts=["a", "abc"])
     assert rows.tolist() == [[65.0], [67.0]]
     assert calls == [(str(folder / "ImageReward.pt"), "cpu", str(folder / "med_config.json"))]

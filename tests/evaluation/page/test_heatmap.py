@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qdiff.evaluation.page.heatmap import COLOURS, MOST_ROWS, HeatMap, gather, heat_maps, picture
+from qdiff.evaluation.page.heatmap import COLOURS, MOST_ROWS, HeatMap, gather, heat_maps, label, picture
 
 
 def test_few_layers_keep_a_row_each():
@@ -51,3 +51,16 @@ def test_the_largest_errors_are_listed_and_the_values_are_in_the_page():
 def test_a_table_that_does_not_fit_is_refused(values):
     with pytest.raises(ValueError, match=r"values must be|inhomogeneous"):
         gather(["a", "b"], [1, 2], values)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("transformer_blocks.0.attn1.to_out.0", "transformer_blocks.0.attn1.to_out.0"),
+        ("transformer_blocks.3.norm1.emb.timestep_embedder.linear_1", "transformer_blocks.3.norm1…linear_1"),
+        ("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0", "down_blocks.1.attentions.0…to_out.0"),
+        ("a" * 50, "a" * 50),
+    ],
+)
+def test_a_rows_label_keeps_its_block_and_its_end(name, shown):
+    assert label(name) == shown

@@ -46,7 +46,7 @@ def test_what_meets_every_rule_is_shipped():
         ({"psnr_db_group_p_value": (0.001, 0.001, 0.001, 200)}, Outcome.LOOK, "p = 0.001"),
         ({"psnr_db_worst_group": (14.0, 13.0, 14.5, 50)}, Outcome.STOP, "worst group 14.0 dB"),
         ({"clip_score": (30.0, 29.6, 30.4, 200)}, Outcome.LOOK, "below the reference's 30.50"),
-        ({"stored_bytes": (1.1e7, 1.1e7, 1.1e7, 1)}, Outcome.LOOK, "110% of the denoiser's bytes"),
+        ({"stored_bytes": (1.1e7, 1.1e7, 1.1e7, 1)}, Outcome.LOOK, "110 % of the denoiser's bytes"),
         (
             {"psnr_db": (30.0, 29.0, 31.0, 64), "lpips_alex": None},
             Outcome.LOOK,
