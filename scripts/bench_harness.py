@@ -64,7 +64,7 @@ def main() -> None:
             False,
         )
         plain, through = [], []
-        for turn in range(TURNS):
+        for turn in range(TURNS + 1):
             place = out / f"turn-{turn}"
             pairs = [
                 (dataclasses.replace(entry, path=place / entry.path.name), reference)
@@ -76,6 +76,7 @@ def main() -> None:
             processes.wait_for_everyone()
             run = (source, pairs, measurement, generation, device, False)
             through.append(seconds(lambda run=run: draw_and_measure(*run), device))
+        del plain[0], through[0]  # the metrics' warm-up
     if processes.is_main_process:
         total = arguments.pictures * processes.num_processes
         figures: dict[str, Any] = {"pictures": total, "batch": arguments.batch, "steps": arguments.steps}
