@@ -25,7 +25,7 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 kernels: $(INSTALLED)
-	$(BIN)/python -m pytest tests/kernels
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

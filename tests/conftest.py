@@ -40,6 +40,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder that the session's processes have in common: for what is made once, under a lock."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], StableDiffusionPipeline]:
     """Factory of a text-to-image pipeline with Stable Diffusion's block types (denoiser: `pipe.unet`, 8x8 latents)."""
     original = build_tiny_sd(tmp_path_factory.mktemp("tokenizer"))

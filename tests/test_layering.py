@@ -36,7 +36,7 @@ FILE_MAY_IMPORT: dict[str, set[str]] = {"evaluation/sources.py": {"plugin"}}
 
 # third-party package -> the files or layers that may import it
 RESTRICTED: dict[str, set[str]] = {
-    "diffusers": {"plugin", "cli", "demo", "ui", "evaluation/sources.py"},
+    "diffusers": {"plugin", "cli", "demo", "ui", "evaluation/sources.py", "evaluation/pipeline_facts.py"},
     "transformers": {
         *("plugin", "cli", "demo", "ui", "evaluation/sources.py"),
         *(f"evaluation/metrics/{name}.py" for name in ("clip_score", "pick_score", "dinov2")),  # networks to see by

@@ -38,7 +38,12 @@ def guarded(build: ModuleType) -> Callable:
 
 
 @pytest.fixture(scope="session")
-def load_kernel(build: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable:
+def load_kernel(build: ModuleType, shared_folder: Path) -> Callable:
     """`load_kernel(source, defines)`: see `load` of build.py."""
-    folder = tmp_path_factory.mktemp("emulator")
-    return functools.lru_cache(None)(lambda source, defines=(): build.load(source, defines, folder))
+    return functools.lru_cache(None)(lambda source, defines=(): build.load(source, defines, shared_folder))
+
+
+@pytest.fixture(scope="session")
+def emulated_kernel(build: ModuleType, load_kernel: Callable) -> Callable:
+    """`emulated_kernel(source, defines)`: what `_cupy.kernel` returns, emulated."""
+    return lambda source, defines=(): build.EmulatedKernel(load_kernel(source, defines))

@@ -83,17 +83,11 @@ CASES = {
 
 
 @pytest.fixture
-def run(load_kernel, problems, guarded, monkeypatch):
+def run(emulated_kernel, problems, guarded, monkeypatch):
     """`run(case, problem, dtype)`: what `_gemm_mma.prepare`'s launch computes, its kernel emulated."""
 
     def run_one(case: Case, problem: SimpleNamespace, dtype: torch.dtype) -> torch.Tensor:
-        def kernel(source, macros):
-            function = load_kernel(source, macros)
-            return SimpleNamespace(
-                launch=lambda grid, threads, shared, params: function(grid, (threads, 1, 1), shared, params)
-            )
-
-        monkeypatch.setattr(_cupy, "kernel", kernel)
+        monkeypatch.setattr(_cupy, "kernel", emulated_kernel)
         monkeypatch.setattr(_cupy, "capability", lambda device: case.capability)
         # A margin of sevens around the output shows writes beside it.
         count = problem.B * problem.OH * problem.OW * problem.N

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -18,14 +16,10 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def device(monkeypatch, load_kernel):
+def device(monkeypatch, emulated_kernel):
     """A GPU of two multiprocessors, emulated."""
 
-    def kernel(source):
-        launch = load_kernel(source)
-        return SimpleNamespace(launch=lambda grid, threads, shared, p: launch(grid, (threads, 1, 1), shared, p))
-
-    monkeypatch.setattr(_cupy, "kernel", kernel)
+    monkeypatch.setattr(_cupy, "kernel", emulated_kernel)
     monkeypatch.setattr(_cupy, "multiprocessors", lambda device: 2)
 
 

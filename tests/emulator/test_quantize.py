@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -14,14 +12,10 @@ from qdiff.ops.checks import Checked
 
 
 @pytest.fixture(autouse=True)
-def device(monkeypatch, load_kernel, guarded):
+def device(monkeypatch, emulated_kernel, guarded):
     """A GPU of two multiprocessors, emulated, whose launchers get arrays after which there is no memory."""
 
-    def kernel(source, defines):
-        launch = load_kernel(source, defines)
-        return SimpleNamespace(launch=lambda grid, threads, shared, p: launch(grid, (threads, 1, 1), shared, p))
-
-    monkeypatch.setattr(_cupy, "kernel", kernel)
+    monkeypatch.setattr(_cupy, "kernel", emulated_kernel)
     monkeypatch.setattr(_cupy, "multiprocessors", lambda device: 2)
     monkeypatch.setattr(_cupy, "capability", lambda device: (9, 0))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -15,14 +13,10 @@ SHARED_LIMIT = 227 << 10
 
 
 @pytest.fixture(autouse=True)
-def device(monkeypatch, load_kernel):
+def device(monkeypatch, emulated_kernel):
     """A GPU of three multiprocessors, emulated."""
 
-    def kernel(source, defines):
-        launch = load_kernel(source, defines)
-        return SimpleNamespace(launch=lambda grid, threads, shared, p: launch(grid, (threads, 1, 1), shared, p))
-
-    monkeypatch.setattr(_cupy, "kernel", kernel)
+    monkeypatch.setattr(_cupy, "kernel", emulated_kernel)
     monkeypatch.setattr(_cupy, "multiprocessors", lambda device: 3)
     monkeypatch.setattr(_cupy, "capability", lambda device: (9, 0))
     monkeypatch.setattr(_w4a16_cuda, "_shared_limit", lambda device: SHARED_LIMIT)

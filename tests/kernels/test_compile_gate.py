@@ -2,17 +2,20 @@
 
 What is compiled is what the host side can ask for: its modules list their kernels in `VARIANTS`, as pairs of a source's
 name and its defines. Building takes the time; so all of them are built for gemm_wgmma alone, and of the others as many
-as it takes to have every two values of two macros together in one (`PAIRS`), or every value. Machine code and not PTX,
-because the PTX of a faulty wgmma sequence looks well. The options are those of `qdiff/ops/_cupy.py`.
+as it takes to have every value of every macro for every architecture, and every two values of two macros together: for
+each architecture of `PAIRS`, and for one of those of `TOGETHER`. Machine code and not PTX, because the PTX of a faulty
+wgmma sequence looks well. The options are those of `qdiff/ops/_cupy.py`.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import re
 import subprocess
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -26,7 +29,8 @@ from qdiff.ops._cuda_sources import cuda_source_dir
 SOURCES = cuda_source_dir()
 HOST_MODULES = (_gemm_mma, _gemm_wgmma, _gptq_cuda, _quantize_cuda, _w4a16_cuda)
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
-PAIRS = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
+PAIRS = ("sm_80", "sm_90a")
+TOGETHER = ("sm_100a", "sm_120a")  # they run what was written for the two before them
 # Sources that use what one architecture alone has: for it, all of their variants are built.
 ONLY = {"gemm_wgmma": ("sm_90a",)}
 
@@ -70,13 +74,17 @@ def variants() -> list[tuple[str, Defines]]:
     return list(dict.fromkeys(variant for module in HOST_MODULES for variant in module.VARIANTS))
 
 
-def covering(variants: list[Defines], size: int) -> list[Defines]:
-    """Some of the variants, such that every combination of `size` macros' values in any of them is in one of these."""
+def covering(variants: list[Defines], size: int, first: Sequence[Defines] = ()) -> list[Defines]:
+    """Some of the variants, such that every combination of `size` macros' values in any of them is in one of these.
+
+    Those that are `first` are among them.
+    """
     combinations = {variant: set(itertools.combinations(variant, size)) for variant in variants}
-    missing = set().union(*combinations.values())
-    chosen = variants[:1]  # where there are no macros, there is one variant
-    while missing := missing - combinations[chosen[-1]]:
+    chosen = list(first) or variants[:1]  # where there are no macros, there is one variant
+    missing = set().union(*combinations.values()).difference(*(combinations[variant] for variant in chosen))
+    while missing:
         chosen.append(max(variants, key=lambda variant: len(combinations[variant] & missing)))
+        missing -= combinations[chosen[-1]]
     return chosen
 
 
@@ -110,12 +118,15 @@ def selection(source: str, group: list[Defines], arch: str) -> list[Defines]:
     if arch == "sm_75":
         turned = (on_turing(source, defines) for defines in group)
         group = list(dict.fromkeys(asked for asked in turned if asked is not None))
+    if arch in TOGETHER:
+        return covering(group, 1, covering(group, 2)[TOGETHER.index(arch) :: len(TOGETHER)])
     return covering(group, 2 if arch in PAIRS else 1)
 
 
-def first_of_each() -> list[Job]:
+@functools.cache
+def first_of_each() -> frozenset[Job]:
     """One job for each source with a promise in `TENSOR_CORE`, and each architecture."""
-    return list({(job.source, job.arch): job for job in reversed(all_jobs()) if job.source in TENSOR_CORE}.values())
+    return frozenset({(j.source, j.arch): j for j in reversed(all_jobs()) if j.source in TENSOR_CORE}.values())
 
 
 def build(job: Job) -> Build:
@@ -136,26 +147,15 @@ def build(job: Job) -> Build:
     return Build(log.getvalue(), bytes(code))
 
 
-@pytest.fixture(scope="module")
-def builds(request: pytest.FixtureRequest):
-    """A future for each job that was selected: two compile at a time while the tests look at what is done."""
-    params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    with ThreadPoolExecutor(2) as pool:
-        jobs = dict.fromkeys(p["job"] for p in params if "job" in p)
-        futures: dict[Job, Future[Build]] = {job: pool.submit(build, job) for job in jobs}
-        yield futures
-        for future in futures.values():
-            future.cancel()
-
-
 def test_the_host_side_names_every_source():
     sources = {path.stem for path in SOURCES.glob("*.cu")}
     assert sources == {source for source, _ in variants()}
 
 
 @pytest.mark.parametrize("job", all_jobs(), ids=str)
-def test_compiles_without_spills_and_serialization(job, builds):
-    log = builds[job].result().log
+def test_compiles_without_spills_and_serialization(job, tmp_path):
+    """And on tensor cores, where the source promises it."""
+    log, code = build(job)
     used = [int(count) for count in re.findall(r"Used (\d+) registers", log)]
     spilled = [int(count) for count in re.findall(r"(\d+) bytes spill", log)]
     assert used, log
@@ -164,15 +164,21 @@ def test_compiles_without_spills_and_serialization(job, builds):
     assert not any(text in log for text in SERIALIZED), log
     assert job.source in REGISTERS, f"set a bound for {job.source}: it uses {max(used)} registers"
     assert max(used) <= REGISTERS[job.source], log
+    if job in first_of_each():
+        assert re.search(rf"\b{TENSOR_CORE[job.source]}\.", disassembled(code, tmp_path / "kernel.cubin"))
 
 
-@pytest.mark.parametrize("job", first_of_each(), ids=str)
-def test_runs_on_tensor_cores(job, builds, tmp_path):
-    cubin, nvdisasm = tmp_path / "kernel.cubin", find_nvidia_binary_utility("nvdisasm")
+def disassembled(code: bytes, cubin: Path) -> str:
+    nvdisasm = find_nvidia_binary_utility("nvdisasm")
     assert nvdisasm is not None, "no nvdisasm: install nvidia-cuda-nvdisasm"
-    cubin.write_bytes(builds[job].result().code)
-    code = subprocess.run([nvdisasm, "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
-    assert re.search(rf"\b{TENSOR_CORE[job.source]}\.", code)
+    cubin.write_bytes(code)
+    return subprocess.run([nvdisasm, "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
+
+
+def test_every_architecture_has_its_tensor_core_instructions_looked_for():
+    looked_at = {(job.source, job.arch) for job in first_of_each()}
+    assert looked_at == {(job.source, job.arch) for job in all_jobs() if job.source in TENSOR_CORE}
+    assert {source for source, _ in looked_at} == set(TENSOR_CORE)
 
 
 def test_covering():
@@ -183,3 +189,20 @@ def test_covering():
             c for v in variants for c in itertools.combinations(v, size)
         }
         assert fewest <= len(chosen) < len(variants)
+    assert covering(variants, 1, variants[-2:])[:2] == variants[-2:]
+
+
+def test_every_value_is_built_for_every_architecture_and_every_pair_for_those_that_promise_it():
+    built: dict[tuple[str, str], list[Defines]] = {}
+    for job in all_jobs():
+        built.setdefault((job.source, job.arch), []).append(job.defines)
+    for source in {source for source, _ in variants()} - ONLY.keys():
+        asked = [defines for name, defines in variants() if name == source]
+        for arch in set(ARCHITECTURES) - {"sm_75"}:
+            assert combined(built[source, arch], 1) == combined(asked, 1)
+        for arches in (*((arch,) for arch in PAIRS), TOGETHER):
+            assert combined([defines for arch in arches for defines in built[source, arch]], 2) == combined(asked, 2)
+
+
+def combined(variants: list[Defines], size: int) -> set[tuple[tuple[str, int | str], ...]]:
+    return {c for variant in variants for c in itertools.combinations(variant, size)}

@@ -17,7 +17,7 @@ def state_of(bench, layer, mean=1.0, **changes):
 
 
 def test_is_the_rounding_error_times_the_mean_input(bench, linear):
-    """DFQ's equation 17 in float64, with activations that are not quantized and nothing to shrink."""
+    """DFQ's correction in float64, with activations that are not quantized and nothing to shrink."""
     state = state_of(bench, linear, activation_bits=16)
     wrong = state.weight + 1.0  # every weight off by one: an error without scatter to speak of
     BiasCorrection().finish(
@@ -46,6 +46,19 @@ def test_lessens_the_error_and_leaves_the_codes_alone(bench, layer):
     error = (state.inputs() @ state.weight.T - state.quantized_inputs() @ rounded.dequantize().T) * state.balance()
     after = error - corrected.bias_change * state.balance()
     assert after.square().sum() < 0.8 * error.square().sum()
+
+
+def test_corrects_for_the_steps_that_the_rounding_fitted(bench, linear):
+    """A grid so fine that it clips most inputs: what is lost has a mean, which the range's own steps do not lose."""
+    state = state_of(bench, linear, linear_range=MethodSpec.of("static"))
+    rounded = dataclasses.replace(state.rounding.round(state), step_ratio=torch.tensor([0.1]))
+    steps = 0.1 * state.range.scales(state)
+    arriving = (state.inputs() / steps).round().clamp(-127, 127) * steps
+    error = state.inputs() @ state.weight.T - arriving @ rounded.dequantize().T
+    share = state.balance().square()
+    BiasCorrection().finish(state, rounded)
+    mean = (share * error).sum(0) / share.sum()
+    assert (state.bias_change - mean).norm() < 0.1 * mean.norm()
 
 
 def test_an_error_without_a_mean_is_left_alone(bench, linear):

@@ -29,3 +29,11 @@ def test_damping_grows_tenfold_and_is_reported_until_there_is_a_factor():
         f"this moment is singular; damped by {damping} of its mean diagonal instead of 0.01" for damping in (0.1, 1)
     ]
     torch.testing.assert_close((factor @ factor.T).diagonal(), torch.full((4,), 2.0))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_no_damping_mends_what_is_not_finite(value):
+    hessian = torch.eye(4)
+    hessian[2, 2] = value
+    with pytest.raises(ValueError, match="this moment must be finite: got NaN or infinite values"):
+        damped_upper_factor(hessian, 0.01, "this moment")

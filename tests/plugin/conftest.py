@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from qdiff import Calibration, quantize_pipeline
+from qdiff import Calibration, Recipe, quantize_pipeline
 from qdiff.plugin.structure import find_denoiser
 
 
@@ -27,7 +27,7 @@ def tiny(request, tiny_sd, tiny_dit) -> Callable[[], DiffusionPipeline]:
 
 
 @pytest.fixture(scope="session")
-def _quantized_once(tiny_sd, tiny_dit) -> dict[str, DiffusionPipeline]:
+def quantized_once(tiny_sd, tiny_dit) -> dict[str, DiffusionPipeline]:
     pipes = {"sd": tiny_sd(), "dit": tiny_dit()}
     return {
         key: quantize_pipeline(pipe, calibration=quick_calibration(pipe), progress=False) for key, pipe in pipes.items()
@@ -35,14 +35,14 @@ def _quantized_once(tiny_sd, tiny_dit) -> dict[str, DiffusionPipeline]:
 
 
 @pytest.fixture(params=["sd", "dit"])
-def quantized(request, _quantized_once) -> Callable[[], DiffusionPipeline]:
+def quantized(request, quantized_once) -> Callable[[], DiffusionPipeline]:
     """Factory of a pipeline quantized with the default recipe: one with a UNet, then one with a transformer."""
-    return lambda: copy.deepcopy(_quantized_once[request.param])
+    return lambda: copy.deepcopy(quantized_once[request.param])
 
 
 @pytest.fixture
-def quantized_sd(_quantized_once) -> Callable[[], DiffusionPipeline]:
-    return lambda: copy.deepcopy(_quantized_once["sd"])
+def quantized_sd(quantized_once) -> Callable[[], DiffusionPipeline]:
+    return lambda: copy.deepcopy(quantized_once["sd"])
 
 
 def generate(pipe: DiffusionPipeline, steps: int = 3, seed: int = 0) -> Tensor:
@@ -58,7 +58,7 @@ def generate_fixture() -> Callable[..., Tensor]:
     return generate
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def quantize() -> Callable[..., DiffusionPipeline]:
     """`quantize_pipeline` with a short calibration and no progress bars, unless told otherwise."""
     return lambda pipe, **arguments: quantize_pipeline(
@@ -66,7 +66,18 @@ def quantize() -> Callable[..., DiffusionPipeline]:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def shortened() -> Callable[[Recipe, DiffusionPipeline], Recipe]:
+    """`shortened(recipe, pipe)`: of a UNet, which has many layers that take their time, the way up alone."""
+
+    def shorten(recipe: Recipe, pipe: DiffusionPipeline) -> Recipe:
+        unet = hasattr(pipe, "unet")
+        return recipe.replace(keep=(*recipe.keep, "down_blocks.*", "mid_block.*")) if unet else recipe
+
+    return shorten
+
+
+@pytest.fixture(scope="session")
 def snapshot() -> Callable[[DiffusionPipeline], Snapshot]:
     return Snapshot
 

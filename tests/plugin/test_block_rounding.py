@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -82,6 +84,16 @@ def test_a_block_without_error_keeps_its_codes():
     calls, drafts = problem(block, steps=3)
     silent = [call._replace(costs=[torch.zeros(32)]) for call in calls]
     assert learn_block(block, drafts, silent, StepTracker([1.0])) == {}
+
+
+def test_too_few_calls_to_hold_one_out_are_said():
+    block = Block()
+    calls, drafts = problem(block, steps=3)
+    with pytest.warns(UserWarning, match="learned from 3 calls of the denoiser and judged by the same, with 4 one of"):
+        learn_block(block, drafts, calls[:3], StepTracker([1.0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learn_block(block, drafts, calls[:4], StepTracker([1.0]))
 
 
 def test_full_round_trip(tiny_dit, quantize, generate, tmp_path):

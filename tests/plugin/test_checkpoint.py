@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 import qdiff
+from qdiff import Recipe
 from qdiff.plugin import checkpoint
 from qdiff.plugin.checkpoint import load, save
 from qdiff.plugin.structure import find_denoiser, quantization_of
@@ -64,8 +65,9 @@ def test_round_trip_is_bit_identical(quantized, tmp_path, generate):
 
 
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a16", "naive", "w4a8-static"])
-def test_round_trip_of_every_preset(tiny, quantize, recipe, tmp_path, generate):
-    pipe = quantize(tiny(), recipe=recipe)
+def test_round_trip_of_every_preset(tiny, quantize, shortened, recipe, tmp_path, generate):
+    pipe = tiny()
+    quantize(pipe, recipe=shortened(Recipe.preset(recipe), pipe))
     expected = generate(pipe)
     assert torch.isfinite(expected).all()
     assert expected.std() > 0

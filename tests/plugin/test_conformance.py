@@ -1,12 +1,13 @@
 """Every method, on layers of both trained pipelines: finite pictures, the same bytes from the same seed, a round trip.
 
 Two layers of each model are quantized, one with two channel segments among them: what a method does to a layer does not
-depend on the others.
+depend on the others. The second of two runs has the statistics of a calibration that was for all of the methods.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import qdiff
-from qdiff import Calibration, Recipe, quantize_pipeline
+from qdiff import Calibration, Recipe, calibrate, quantize_pipeline
 from qdiff.methods import REGISTRY
+from qdiff.plugin.calibrate import PipelineStatistics
 from qdiff.plugin.structure import find_denoiser, named_layers
 from qdiff.recipe import MethodSpec, WeightSpec
 
@@ -80,6 +82,8 @@ CASES: dict[str, dict[str, Any]] = {
     "first_token": transform(of("first_token")),
     "log2 probabilities": {"probabilities": of("log2")},
 }
+# Recipes that set the first token of a layer's inputs apart share no calibration with those that do not.
+ALONE = ("first_token",)
 
 
 @pytest.fixture(scope="module")
@@ -95,18 +99,27 @@ def model(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture
-def quantized(trained: dict[str, DiffusionPipeline], model: str) -> Callable[[dict[str, Any]], DiffusionPipeline]:
-    """Factory: the two layers quantized as the case says, and nothing else."""
+def recipe_of(case: str, pipe: DiffusionPipeline, model: str) -> Recipe:
+    """The two layers quantized as the case says, and nothing else."""
+    keep = [name for name, _ in named_layers(find_denoiser(pipe)[1]) if name not in LAYERS[model]]
+    return Recipe(name="case", keep=tuple(name.replace("[", "[[]") for name in keep)).replace(**CASES[case])
 
-    def make(changes: dict[str, Any]) -> DiffusionPipeline:
-        pipe = copy.deepcopy(trained[model])
-        keep = [name for name, _ in named_layers(find_denoiser(pipe)[1]) if name not in LAYERS[model]]
-        recipe = Recipe(name="case", keep=tuple(name.replace("[", "[[]") for name in keep)).replace(**changes)
-        prompts = ["red apple, noto style"] if model == "emoji-sd" else [3]
-        return quantize_pipeline(pipe, recipe=recipe, calibration=Calibration(prompts, steps=3), progress=False)
 
-    return make
+def calibration_of(model: str) -> Calibration:
+    return Calibration(["red apple, noto style"] if model == "emoji-sd" else [3], steps=3)
+
+
+@pytest.fixture(scope="module")
+def shared(trained: dict[str, DiffusionPipeline]) -> Callable[[str, str], PipelineStatistics]:
+    """`shared(case, model)`: statistics of one calibration for the case and all that can share it."""
+
+    @functools.cache
+    def measured(model: str, alone: str | None) -> PipelineStatistics:
+        cases = [alone] if alone else [case for case in CASES if case not in ALONE]
+        recipes = [recipe_of(case, trained[model], model) for case in cases]
+        return calibrate(copy.deepcopy(trained[model]), recipes, calibration_of(model), progress=False)
+
+    return lambda case, model: measured(model, case if case in ALONE else None)
 
 
 def pictures(pipe: DiffusionPipeline) -> Tensor:
@@ -117,8 +130,17 @@ def pictures(pipe: DiffusionPipeline) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_method(case: str, model: str, quantized: Callable[..., DiffusionPipeline], tmp_path: Path) -> None:
-    pipe, again = quantized(CASES[case]), quantized(CASES[case])
+def test_method(
+    case: str,
+    model: str,
+    trained: dict[str, DiffusionPipeline],
+    shared: Callable[[str, str], PipelineStatistics],
+    tmp_path: Path,
+) -> None:
+    pipe, again = copy.deepcopy(trained[model]), copy.deepcopy(trained[model])
+    recipe = recipe_of(case, pipe, model)
+    quantize_pipeline(pipe, recipe=recipe, calibration=calibration_of(model), progress=False)
+    quantize_pipeline(again, recipe=recipe, statistics=shared(case, model), progress=False)
     state, same = (find_denoiser(p)[1].state_dict() for p in (pipe, again))
     assert state.keys() == same.keys()
     for key, tensor in state.items():

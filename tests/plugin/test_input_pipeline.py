@@ -14,7 +14,7 @@ STEPS = ("shift", "channel_splitting", "smoothing", "hadamard", "low_rank", "cli
 
 
 @pytest.mark.parametrize("mode", ["static", "none"])
-def test_every_transform_at_once(tiny, quantize, generate, tmp_path, mode):
+def test_every_transform_at_once(tiny, quantize, shortened, generate, tmp_path, mode):
     recipe = Recipe.preset("w4a8").replace(
         name="everything",
         rounding=MethodSpec("nearest"),
@@ -27,14 +27,14 @@ def test_every_transform_at_once(tiny, quantize, generate, tmp_path, mode):
     )
     float_pipe = tiny()
     wanted = generate(float_pipe)
-    pipe = quantize(tiny(), recipe=recipe)
+    pipe = quantize(tiny(), recipe=shortened(recipe, float_pipe))
     denoiser = find_denoiser(pipe)[1]
     layers = [denoiser.get_submodule(name) for name in quantization_of(denoiser).plans]
     for buffer in ("index", "rotation"):
         assert sum(getattr(layer, buffer) is not None for layer in layers) > len(layers) / 2
     pictures = generate(pipe)
     # Pictures of random weights: what the default recipe does to them is of the same size.
-    assert float((pictures - wanted).abs().mean()) < 0.05
+    assert float((pictures - wanted).abs().mean()) < 0.03
     save(pipe, tmp_path / "saved")
     again = load(tmp_path / "saved")
     assert torch.equal(generate(again), pictures)
