@@ -5,7 +5,8 @@
 Random weights in the shapes of the real model (UNet2DConditionModel of Stable Diffusion XL, 2.6 billion parameters,
 float16), driven by a StableDiffusionXLPipeline with the real widths of its text embeddings, 1024x1024 pictures and the
 default calibration. Times and memory do not depend on the values of weights; pictures would, and none are judged here.
-Calibration and layers are timed apart, and layers by kind, bits and inputs of a weight row (with a convolution's taps).
+Calibration and layers are timed apart. By kind, bits and inputs of a weight row (with a convolution's taps), layers are
+timed once more, one by one, when all is done: without packing, and with every kernel loaded.
 `--small` takes a narrow model of the same kind, to try the script without a GPU.
 """
 
@@ -14,23 +15,22 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from qdiff import Calibration, calibrate, quantize_pipeline, summary
-from qdiff.calibration import LayerStatistics
+from qdiff import Calibration, Recipe, calibrate, quantize_pipeline, summary
+from qdiff.calibration import Statistics
 from qdiff.layers import stored_bytes
-from qdiff.plugin import pipeline
+from qdiff.methods import quantize_layer
+from qdiff.plugin.calibrate import plans_of
 from qdiff.recipe import LayerPlan
 
 
@@ -77,10 +77,10 @@ def build(
 
 
 class LayerTime(NamedTuple):
-    """What one layer took: rounding, activation scales and packing."""
+    """What one layer took: transforms, rounding and activation scales."""
 
     plan: LayerPlan
-    shape: tuple[int, ...]
+    inputs: int
     seconds: float
 
 
@@ -104,31 +104,23 @@ class Clock:
         return round(peak, 1)
 
 
-@contextmanager
-def each_layer_timed(clock: Clock) -> Iterator[list[LayerTime]]:
-    """The layers that are quantized within the context, in order."""
-    times: list[LayerTime] = []
-    quantize = pipeline._quantized
-
-    def and_time(plan: LayerPlan, layer: nn.Module, statistics: LayerStatistics | None) -> nn.Module:
-        started, weight = clock.now(), layer.weight
-        assert isinstance(weight, Tensor)
-        quantized = quantize(plan, layer, statistics)
-        times.append(LayerTime(plan, tuple(weight.shape), clock.now() - started))
-        return quantized
-
-    pipeline._quantized = and_time
-    try:
-        yield times
-    finally:
-        pipeline._quantized = quantize
+def one_by_one(
+    plans: Mapping[str, LayerPlan], layers: Mapping[str, nn.Module], statistics: Statistics, clock: Clock
+) -> list[LayerTime]:
+    """The layers that ran in calibration, each quantized alone; none of them is changed."""
+    times = []
+    for name in statistics.layers:
+        started = clock.now()
+        codes = quantize_layer(plans[name], layers[name], statistics).codes_q
+        times.append(LayerTime(plans[name], codes.shape[1], clock.now() - started))
+    return times
 
 
 def by_kind(times: list[LayerTime]) -> list[dict[str, object]]:
     """Layers of one kind, number of bits and inputs of a weight row; those that took longest first."""
     groups: dict[tuple[str, int, int], list[float]] = {}
-    for plan, shape, seconds in times:
-        groups.setdefault((plan.kind, plan.weight_bits, math.prod(shape[1:])), []).append(seconds)
+    for plan, inputs, seconds in times:
+        groups.setdefault((plan.kind, plan.weight_bits, inputs), []).append(seconds)
     return [
         {"kind": kind, "bits": bits, "inputs": inputs, "layers": len(seconds), "seconds": round(sum(seconds), 2)}
         for (kind, bits, inputs), seconds in sorted(groups.items(), key=lambda item: -sum(item[1]))
@@ -152,9 +144,11 @@ def main() -> None:
     started = clock.now()
     statistics = calibrate(pipe, args.recipe, calibration)
     calibrated, calibration_gib = clock.now(), clock.peak_gib()
-    with each_layer_timed(clock) as times:
-        quantize_pipeline(pipe, recipe=args.recipe, statistics=statistics)
+    plans = plans_of(Recipe.preset(args.recipe), pipe.unet)
+    layers = {name: pipe.unet.get_submodule(name) for name in plans}
+    quantize_pipeline(pipe, recipe=args.recipe, statistics=statistics)
     ended, layers_gib = clock.now(), clock.peak_gib()
+    times = one_by_one(plans, layers, statistics.of(plans), clock)
     result = {
         "recipe": args.recipe,
         "parameters": before // 2 if clock.on_gpu else before // 4,

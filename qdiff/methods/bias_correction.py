@@ -15,10 +15,10 @@ from qdiff.methods.state import LayerState
 class BiasCorrection(Transform):
     """b' = b + E[W x - Q(W) Q(x)], once the codes are final.
 
-    DFQ (arXiv 1906.04721, section 4.2, equations 16 and 17: E[y~] - E[y] = eps E[x]), with E measured on samples as in
-    its appendix D, and the activations' own error in it. Every timestep counts alike (`LayerState.balance`), and each
-    output's correction is shrunk to 1 - (standard error / mean)^2 of itself: what the scatter of the samples alone
-    would make of a layer without any bias is noise.
+    DFQ (arXiv 1906.04721), its bias correction (E[y~] - E[y] = eps E[x]), empirical: with E measured on samples, and
+    the activations' own error in it. Every timestep counts alike (`LayerState.balance`), and each output's correction
+    is shrunk to 1 - (standard error / mean)^2 of itself: what the scatter of the samples alone would make of a layer
+    without any bias is noise.
 
     A layer's output error falls by 7 to 10 % (W4A8, other samples than it was measured on); the denoiser's, which has
     the errors of all layers before in it, by less or not at all.
@@ -36,7 +36,7 @@ class BiasCorrection(Transform):
         """Nothing yet: it is the rounded weight's error that is corrected."""
 
     def finish(self, state: LayerState, rounded: RoundedWeight) -> None:
-        inputs, quantized = state.inputs(), state.quantized_inputs()
+        inputs, quantized = state.inputs(), state.quantized_inputs(rounded.step_ratio)
         if inputs is None or quantized is None:
             return
         error = inputs @ state.weight.T - quantized @ rounded.dequantize().T

@@ -25,19 +25,19 @@ BLOCK = 32
 class ChannelSplitting(Transform):
     """W x = ((W - d/2) / 2) x + ((W + d/2) / 2) x for the channels with the largest weights, d the step of the grid.
 
-    OCS (arXiv 1901.09504, sections 3.1 on halving, 3.2 on d: round((u - 1/2) / 2) + round((u + 1/2) / 2)
-    = round(u), so that a split channel is rounded no worse than the whole one). Channels are split one after the other,
-    always the one that is largest after what was split before, as in section 3.4; one that is split again here becomes
-    p equal parts, (W + (i - (p - 1) / 2) d) / p for i = 0 .. p - 1, to which the same identity applies. The paper
-    changes the layer before, to make the channel twice; here the layer gathers its input by an index. Copies lie beside
-    their channel and mostly in its group, whose step d is taken from a trial rounding of the plain parts.
+    OCS (arXiv 1901.09504), its quantization-aware splitting: round((u - 1/2) / 2) + round((u + 1/2) / 2) = round(u), so
+    that a split channel is rounded no worse than the whole one. As there, channels are split one after the other,
+    always the one that is largest after what was split before; one that is split again here becomes p equal parts, (W +
+    (i - (p - 1) / 2) d) / p for i = 0 .. p - 1, to which the same identity applies. The paper changes the layer before,
+    to make the channel twice; here the layer gathers its input by an index. Copies lie beside their channel and mostly
+    in its group, whose step d is taken from a trial rounding of the plain parts.
 
     The new width has to suit the format: it is rounded up to whole groups, all of which are split channels. Layers of
     two segments are left alone.
 
     ratio: of the channels that are added, at least; 0.01 to 0.05 in the paper.
     split: "weights" halves the weight; "activations" halves the channel with the largest activations instead, and keeps
-           the weight of both copies (section 3.5).
+           the weight of both copies.
     """
 
     step: ClassVar[str] = "index"

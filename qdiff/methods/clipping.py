@@ -22,10 +22,10 @@ SHARES = tuple(1 - i / 40 for i in range(20))
 class Clipping(Transform):
     """w_g = clip(w_g, -c, c) with c = a max |w_g|, a = argmin ||X_g (w_g - Q_c(clip(w_g)))||^2 for every row's group g.
 
-    AWQ's second search (arXiv 2306.00978, section 4 "experiments": "weight clipping"), OmniQuant's learnable clipping
-    (arXiv 2308.13137, equation 2) by a grid. The error is of the group's *output*, over X_g^T X_g with all its
-    correlations. The plain grid Q_c, of a free scale a group, stands for the rounding to come; the clipped weight is
-    kept where the layer's output error, rounded in earnest, is less than that of the whole one.
+    AWQ's second search ("we further apply weight clipping", arXiv 2306.00978, section 3.2), or OmniQuant's learnable
+    weight clipping (arXiv 2308.13137, equation 2) by a grid. The error is of the group's *output*, over X_g^T X_g with
+    all its correlations. The plain grid Q_c, of a free scale a group, stands for the rounding to come; the clipped
+    weight is kept where the layer's output error, rounded in earnest, is less than that of the whole one.
 
     What it adds: `nearest` with min-max ranges (search off) has 30 to 35 % less error with it where a row or the tensor
     has one scale, 10 % in groups (layers of emoji-sd and emoji-dit, other samples). With a scale a row that is 12 to

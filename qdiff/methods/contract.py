@@ -29,13 +29,15 @@ class RoundedWeight:
     With a codebook: w ~ scale[n] * codebook[n, codes[n, k]], no multipliers, and four bits a code.
 
     codes: int8 [N, K] in [-8, 7] (4 bits), [-127, 127], or [0, 15] with a codebook.  multipliers: uint8 [N, K/g] in
-    [1, 15].  scale: f32 [N].  codebook: int8 [N, 16].
+    [1, 15].  scale: f32 [N].  codebook: int8 [N, 16].  step_ratio: f32 [S], what the steps of a measured activation
+    range are to be multiplied by, each channel segment's, where the rounding has fitted them together with the weight.
     """
 
     codes: Int8[Tensor, "N K"]
     multipliers: UInt8[Tensor, "N G"] | None
     scale: Float[Tensor, " N"]
     codebook: Int8[Tensor, "N 16"] | None = None
+    step_ratio: Float[Tensor, " S"] | None = None
 
     def dequantize(self) -> Float[Tensor, "N K"]:
         """The float32 weight that the codes stand for."""
@@ -94,7 +96,8 @@ class Transform(Method):
 class Rounding(Method):
     """Chooses the codes and scales of `state.weight`, on the grid that `state.plan` names.
 
-    It may use all of the state: GPTQ takes its Hessian from `state.inputs()`, learned roundings their targets.
+    It may use all of the state: GPTQ takes its Hessian from `state.inputs()`, learned roundings their targets. Where it
+    fits the steps of a measured activation range too, it says by what to multiply them.
     """
 
     @abstractmethod

@@ -13,9 +13,10 @@ from qdiff.methods.state import LayerState
 @register("dynamic")
 @dataclass(frozen=True)
 class Dynamic(ActivationRange):
-    """A step a token, s = max |x_s| / 127, computed when the layer runs (ZeroQuant, arXiv 2206.01861, section 4.1).
+    """A step a token, s = max |x_s| / 127, computed when the layer runs.
 
-    Linear layers only: a convolution's patches overlap and would need a scale each.
+    ZeroQuant's token-wise quantization of activations (arXiv 2206.01861). Linear layers only: a convolution's patches
+    overlap and would need a scale each.
     """
 
     mode: ClassVar[str] = "dynamic"

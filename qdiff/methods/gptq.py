@@ -15,8 +15,8 @@ from qdiff.methods.weight_grid import WeightGrid, quick_nearest
 from qdiff.numerics.cholesky import damped_upper_factor
 from qdiff.ops import gptq_descent, gptq_feedback
 
-# Columns between two matrix products, of the paper's "lazy batch updates" (section 3.3, step 2); the most that the
-# kernels of a block take.
+# Columns between two matrix products, of the paper's "lazy batch updates" (section 4, step 2, with the same number);
+# the most that the kernels of a block take.
 BLOCK = 128
 
 
@@ -25,7 +25,7 @@ BLOCK = 128
 class Gptq(Rounding):
     """Rounds column after column, and lets the columns to come make up for the error of those before.
 
-    GPTQ (arXiv 2210.17323, equations 2 to 4, algorithm 1) minimizes e H e^T for the error e = w - q of each row, H the
+    GPTQ (arXiv 2210.17323, equations 1 to 4, algorithm 1) minimizes e H e^T for the error e = w - q of each row, H the
     second moment of the inputs:
 
         q_j = round(w_j),   w_k -= (w_j - q_j) / [H^-1]_jj * [H^-1]_jk   for all k > j.

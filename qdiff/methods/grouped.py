@@ -25,11 +25,12 @@ LOWEST = 0.05
 class Grouped(ActivationRange):
     """s(t) = s_g for all t of group g, with groups and steps that minimize sum_t E[(x - Q(x; s_g(t)))^2] / E[x^2].
 
-    ADP-DM (arXiv 2305.18723, section 3.2): group-wise quantization functions, every timestep assigned to one of them.
-    There the assignment is a softmax of importance weights, trained with the steps by gradient descent and an entropy
-    term that makes it hard. Here groups are stretches of neighbouring timesteps, because ranges move slowly over time,
-    and the best of all such partitions is found exactly, by dynamic programming over the measured histograms. Every
-    timestep counts by its relative error. Each channel range of a split skip has a partition of its own.
+    ADP-DM (arXiv 2305.18723; APQ-DM in its last version), its group-wise quantization functions: every timestep is
+    assigned to one of them. There all of them quantize, weighted by importances that add up to one, which are trained
+    together with the steps and an entropy term that drives all but one to zero. Here groups are stretches of
+    neighbouring timesteps, because ranges move slowly over time, and the best of all such partitions is found exactly,
+    by dynamic programming over the measured histograms. Every timestep counts by its relative error. Each channel range
+    of a split skip has a partition of its own.
 
     A table like that of "temporal", constant within a group; between the last timestep of a group and the first of the
     next the running layer interpolates, as it does with every table.

@@ -19,11 +19,11 @@ from qdiff.numerics.input_pipeline import rotate
 class Hadamard(Transform):
     """x_s = x Q, W_s = W Q with Q = diag(signs) H / sqrt(b) on every b neighbouring channels: x_s W_s^T = x W^T.
 
-    QuaRot (arXiv 2404.00456, section 3; the randomized Hadamard matrix of QuIP#, arXiv 2402.04396). Where one
-    channel of a block stands out, its value over sqrt(b) is the largest after it. Data-free: the signs are random,
-    the same in every layer. QuaRot rotates the whole width and hides most rotations in the weights around them; here
-    each layer rotates its own input in use, in blocks, which costs one small product. Of a convolution the channels of
-    each tap are rotated; padding stays zero.
+    QuaRot (arXiv 2404.00456, section 3.1 and equation 4; the randomized Hadamard matrix of QuIP#, arXiv 2402.04396).
+    Where one channel of a block stands out, its value over sqrt(b) is the largest after it. Data-free: the signs are
+    random, the same in every layer. QuaRot rotates the whole width and hides most rotations in the weights around them;
+    here each layer rotates its own input in use, in blocks, which costs one small product. Of a convolution the
+    channels of each tap are rotated; padding stays zero.
 
     block: b, a power of two. Where it does not divide the layer's channels (each segment's), the largest that does.
     """

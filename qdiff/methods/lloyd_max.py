@@ -22,10 +22,10 @@ ITERATIONS = 50
 class LloydMax(LearnedLevels):
     """Every row has its own 2^bits levels, of least importance-weighted squared error.
 
-    Lloyd (IEEE Trans. Information Theory 28, 1982, "Method I") and Max (IRE Trans. Information Theory 6, 1960,
-    equations 4 and 5), until both hold: a border lies halfway between its levels, t_i = (c_i + c_i+1) / 2, and a level
-    is the mean of its cell, c_i = sum h_k w_k / sum h_k over t_i-1 < w_k <= t_i. As clustering of weights it is that of
-    Deep Compression (arXiv 1510.00149, section 3, equation 2).
+    Lloyd (IEEE Trans. Information Theory 28, 1982, "Method I") and Max (IRE Trans. Information Theory 6, 1960), until
+    both conditions hold: a border lies halfway between its levels, t_i = (c_i + c_i+1) / 2, and a level is the mean of
+    its cell, c_i = sum h_k w_k / sum h_k over t_i-1 < w_k <= t_i. As clustering of weights it is that of Deep
+    Compression (arXiv 1510.00149).
 
     What differs: h_k is the mean square of input k, where samples of it exist; levels start where a fine quantizer's
     would lie (Panter and Dite: density proportional to the cube root of the weights'), which is deterministic and ends

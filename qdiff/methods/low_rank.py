@@ -14,8 +14,8 @@ from qdiff.methods.registry import register
 from qdiff.methods.state import LayerState, LowRankBranch
 from qdiff.numerics.packing import storage_block
 
-# Of the randomized range finder (Halko, Martinsson and Tropp, arXiv 0909.4061, section 4.5): eight spare directions and
-# three power iterations leave a residual within 1 % of the SVD's, even of a random matrix (see the tests).
+# Of the randomized range finder with power iterations (Halko, Martinsson and Tropp, arXiv 0909.4061): eight spare
+# directions and three iterations leave a residual within 1 % of the SVD's, even of a random matrix (see the tests).
 SPARE = 8
 POWER_ITERATIONS = 3
 
@@ -25,9 +25,10 @@ POWER_ITERATIONS = 3
 class LowRank(Transform):
     """y = Q(x_s) Q(R) + (x_s L1) L2 with W_s ~ L1 L2 + R: the branch takes the weight's largest singular directions.
 
-    SVDQuant (arXiv 2411.05007, equations 6 to 8): L1 L2 = SVD_r(W_s), then SVD_r(W_s - Q(R)) again and again, keeping
-    the best output error. The SVD is weighted by the inputs' root mean square, so that it minimizes the output's error
-    rather than the weight's (LQER, arXiv 2402.02446, equation 10). Linear layers only.
+    SVDQuant (arXiv 2411.05007, equations 5 and 6 of its section 4): L1 L2 = SVD_r(W_s), then SVD_r(W_s - Q(R)) again
+    and again, keeping the best output error. The SVD is weighted by the inputs' root mean square, so that it minimizes
+    the output's error rather than the weight's (the activation-induced scale of L2QER, arXiv 2402.02446). Linear layers
+    only.
 
     rank:        of the branch; None: as large as `budget` allows.
     budget:      the branch's bytes over those of the 4-bit layer.

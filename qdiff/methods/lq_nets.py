@@ -28,7 +28,7 @@ RIDGE = 1e-6
 class LQNets(LearnedLevels):
     """Every row has a basis v in R^bits; its levels are v^T b for all b in {-1, 1}^bits.
 
-    LQ-Nets (arXiv 1807.10029, section 3.2 and algorithm 1): min over v, B of ||B^T v - w||^2, by turns
+    LQ-Nets (arXiv 1807.10029), its quantization error minimization: min over v, B of ||B^T v - w||^2, by turns
         b_k = the code whose level is nearest to w_k        (borders halfway between neighbouring levels)
         v = (B H B^T)^-1 B H w                              (least squares)
 
@@ -66,12 +66,14 @@ def alternated(
     rows: SortedRows, basis: Float[Tensor, "*N bits"], codes: Float[Tensor, "L bits"], iterations: int
 ) -> Float[Tensor, "*N bits"]:
     """The basis, or several a row, after some of the paper's iterations."""
-    ridge = RIDGE * torch.eye(codes.shape[1], dtype=codes.dtype, device=codes.device)
+    bits = codes.shape[1]
+    ridge = RIDGE * torch.eye(bits, dtype=codes.dtype, device=codes.device)
+    # b b^T of every code, flat: B H B^T is one product with the weights of all cells.
+    squares = (codes[:, :, None] * codes[:, None]).flatten(1)
     for _ in range(iterations):
         levels, order = (basis @ codes.T).sort(-1)
-        weight, first, _ = rows.cells(levels.float())
-        b = codes[order]  # [..., L, bits]: the code of every level
-        gram = (b * weight[..., None]).mT @ b + ridge
-        target = (first[..., None, :] @ b)[..., 0, :] + RIDGE * basis
-        basis = torch.linalg.solve(gram, target)
+        of_level = rows.cells(levels.float())[:2]
+        weight, first = torch.empty_like(of_level).scatter_(-1, order.expand_as(of_level), of_level)  # of every code
+        gram = (weight @ squares).unflatten(-1, (bits, bits)) + ridge
+        basis = torch.linalg.solve(gram, first @ codes + RIDGE * basis)
     return basis

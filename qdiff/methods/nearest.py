@@ -17,7 +17,7 @@ class Nearest(Rounding):
 
     q = clip(round(w / (s m)), -2^(b-1), 2^(b-1) - 1), with s m = argmin sum_k E[x_k^2] (w_k - s m q_k)^2 over clip
     ratios: a range search on squared error, each input weighted by its mean square where samples of it exist (the
-    diagonal of the Hessian X X^T of OBQ, arXiv 2208.11580, equation 2).
+    diagonal of X X^T, half the Hessian of OBQ, arXiv 2208.11580).
 
     search: off takes min-max ranges, and no weighting.
     """

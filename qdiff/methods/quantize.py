@@ -75,7 +75,10 @@ def draft_layer(plan: LayerPlan, layer: nn.Module, statistics: Statistics | Laye
     for transform in transforms:
         transform.apply(state)
     rounded = state.rounding.round(state)
-    return Draft(state, transforms, rounded, None if state.range is None else state.range.scales(state))
+    scales = None if state.range is None else state.range.scales(state)
+    if scales is not None and rounded.step_ratio is not None:
+        scales = scales * rounded.step_ratio
+    return Draft(state, transforms, rounded, scales)
 
 
 def prepare(plan: LayerPlan, layer: nn.Module, statistics: LayerStatistics | None) -> LayerState:

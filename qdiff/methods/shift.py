@@ -23,10 +23,10 @@ SHARES = (0.25, 0.5, 0.75, 1.0)
 class Shift(Transform):
     """x_s = x - c, and W c goes to the bias, with c_j = (max x_j + min x_j) / 2: x W^T = (x - c) W^T + W c.
 
-    Outlier Suppression+ (arXiv 2304.09145, equations 1 to 3 of section 4.1): a centre a channel. With one centre for
-    all channels it is the zero point of an asymmetric grid: codes of x - c from -127 to 127 are codes of x about
-    c / step. Here c is also tried at a fraction of itself (`SHARES`) and kept where it lessens the output error on the
-    samples. Zeros that a convolution pads with would move too: such layers are left alone.
+    Outlier Suppression+ (arXiv 2304.09145), its channel-wise shifting: a centre a channel. With one centre for all
+    channels it is the zero point of an asymmetric grid: codes of x - c from -127 to 127 are codes of x about c / step.
+    Here c is also tried at a fraction of itself (`SHARES`) and kept where it lessens the output error on the samples.
+    Zeros that a convolution pads with would move too: such layers are left alone.
 
     centre: "channel" or "tensor".
     Law: never worse than none on the samples.

@@ -80,13 +80,18 @@ class LayerState:
         """Channels C of what is quantized; K = C * taps."""
         return sum(self.segments)
 
+    @property
+    def widths(self) -> list[int]:
+        """Inputs of a weight row that belong to each segment; they add up to K."""
+        return [channels * self.taps for channels in self.segments]
+
     def along_k(self, per_channel: Float[Tensor, " C"]) -> Float[Tensor, " K"]:
         """A value a channel, repeated over the taps in the order of the weight's input axis."""
         return channels_to_gemm(per_channel, self.segments, self.taps)
 
     def per_channel(self, along_k: Float[Tensor, "... K"]) -> Float[Tensor, "... C taps"]:
         """The inverse view of an input axis: what belongs to each channel, over the taps."""
-        parts = along_k.split([channels * self.taps for channels in self.segments], -1)
+        parts = along_k.split(self.widths, -1)
         return torch.cat([part.unflatten(-1, (self.taps, -1)).transpose(-1, -2) for part in parts], -2)
 
     def transform_inputs(self, rows: Float[Tensor, "R K_raw"], shifted: bool = True) -> Float[Tensor, "R K"]:
@@ -114,10 +119,13 @@ class LayerState:
         rows = self.raw_inputs()
         return None if rows is None else self.transform_inputs(rows)
 
-    def quantized_inputs(self) -> Float[Tensor, "R K"] | None:
-        """The same on the int8 grid that the activation range gives now; as they are where activations stay 16-bit."""
+    def quantized_inputs(self, ratio: Float[Tensor, " S"] | None = None) -> Float[Tensor, "R K"] | None:
+        """The same on the int8 grid that the activation range gives now; as they are where activations stay 16-bit.
+
+        ratio: of the grid's steps, `RoundedWeight.step_ratio`.
+        """
         inputs = self.inputs()
-        return None if inputs is None else self.on_input_grid(inputs)
+        return None if inputs is None else self.on_input_grid(inputs, ratio)
 
     def carried_inputs(self) -> Float[Tensor, "R K"] | None:
         """The rows of `inputs` as they arrive when the layers before are quantized; None where not collected."""
@@ -125,21 +133,29 @@ class LayerState:
             return None
         return self.transform_inputs(self.statistics.carried.gemm(self.plan.segments))
 
-    def on_input_grid(self, inputs: Float[Tensor, "R K"]) -> Float[Tensor, "R K"]:
+    def on_input_grid(
+        self, inputs: Float[Tensor, "R K"], ratio: Float[Tensor, " S"] | None = None
+    ) -> Float[Tensor, "R K"]:
         """Transformed rows, one for each sample, on the grid of the activation range; as they are without one."""
         if self.range is None:
             return inputs
-        step = self._input_steps(inputs)
+        step = self.input_steps(inputs)
+        if ratio is not None:
+            step = step * self.along_segments(ratio)
         return (inputs / step).round_().clamp_(-self.plan.activation_levels, self.plan.activation_levels).mul_(step)
 
-    def _input_steps(self, inputs: Float[Tensor, "R K"]) -> Float[Tensor, "R K_or_1"]:
+    def input_steps(self, inputs: Float[Tensor, "R K"]) -> Float[Tensor, "R K_or_1"]:
+        """The step of the grid that each input of each row meets."""
         table = None if self.range is None else self.range.preview(self)
         if table is None or self.statistics is None or self.statistics.samples is None:
             largest = inputs.abs().amax(1, keepdim=True)
             return torch.where(largest > 0, largest / self.plan.activation_levels, 1.0)
         rows = table.expand(len(self.statistics.timesteps), -1)[self.statistics.samples.timesteps]
-        widths = torch.tensor([channels * self.taps for channels in self.segments], device=rows.device)
-        return rows.repeat_interleave(widths, 1)
+        return self.along_segments(rows)
+
+    def along_segments(self, per_segment: Float[Tensor, "... S"]) -> Float[Tensor, "... K"]:
+        """A value a channel segment, repeated over its inputs."""
+        return per_segment.repeat_interleave(torch.tensor(self.widths, device=per_segment.device), -1)
 
     def input_histograms(self, per_timestep: bool) -> list[TensorHistogram]:
         """Of |x_s|, for every segment; its rows are the timesteps, or one for all; on the CPU.
@@ -154,7 +170,7 @@ class LayerState:
         return self._histograms[1]
 
     def _measured_histograms(self, per_timestep: bool) -> list[TensorHistogram]:
-        statistics, widths = self.calibrated(), [channels * self.taps for channels in self.segments]
+        statistics = self.calibrated()
         if self.shift is None and self.index is None and self.rotation is None:
             gain = self.per_channel(self.weight.square().sum(0)).sum(1)
             ends = list(itertools.accumulate(self.segments))
@@ -168,8 +184,8 @@ class LayerState:
             )
         of_row = statistics.samples.timesteps.cpu()
         rows, table_rows = (of_row, len(statistics.timesteps)) if per_timestep else (torch.zeros_like(of_row), 1)
-        gains = self.weight.square().sum(0).cpu().split(widths)
-        parts_of_inputs = inputs.cpu().split(widths, 1)
+        gains = self.weight.square().sum(0).cpu().split(self.widths)
+        parts_of_inputs = inputs.cpu().split(self.widths, 1)
         return [rows_histogram(part, rows, table_rows, gain) for part, gain in zip(parts_of_inputs, gains)]
 
     def measured_steps(self, estimator: Estimator, per_timestep: bool) -> Float[Tensor, "rows S"]:
@@ -236,7 +252,7 @@ class LayerState:
 
         Without samples: the relative squared error of the weight. The low-rank branch sees unquantized inputs.
         """
-        inputs, quantized = self.inputs(), self.quantized_inputs()
+        inputs, quantized = self.inputs(), self.quantized_inputs(rounded.step_ratio)
         if inputs is None or quantized is None:
             error, whole = self.weight - rounded.dequantize(), self.whole_weight()
         else:

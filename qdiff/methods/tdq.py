@@ -28,7 +28,8 @@ UNIT = math.log(math.e - 1)
 class TDQ(ActivationRange):
     """s(t) = softplus(MLP(enc(t))), enc(t) = (sin(t / P^(i/d)), cos(t / P^(i/d))) for i < d: one network a quantizer.
 
-    Temporal Dynamic Quantization (arXiv 2306.02316, section 4). The network is trained by reconstruction, with the
+    The TDQ module of Temporal Dynamic Quantization (arXiv 2306.02316): three ReLU layers 64 wide on the paper's
+    geometric Fourier encoding of t, as in the authors' code. The network is trained by reconstruction, with the
     gradient of LSQ (arXiv 1902.08153, equation 3) for the step; in use it is a table of its values at the calibrated
     timesteps, at no cost.
 

@@ -14,9 +14,9 @@ from qdiff.methods.registry import register
 class Temporal(MeasuredRange):
     """s(t) = bound(t) / levels, a bound a timestep and channel range, measured at the calibrated timesteps.
 
-    The table of TDQ (arXiv 2306.02316, section 3.2) without its network: there s(t) is learned, here it is measured; in
-    use it is interpolated at the running timestep's value. Channel ranges are those of split skip connections
-    (Q-Diffusion, arXiv 2302.04304, section 4.2).
+    The table of TDQ (arXiv 2306.02316) without its network: there s(t) is learned, here it is measured; in use it is
+    interpolated at the running timestep's value. Channel ranges are those of split skip connections (Q-Diffusion, arXiv
+    2302.04304, section 3.3.2, equations 6 to 8).
 
     estimator, percentile, k:  "minmax", "percentile", "ksigma", "mse" or "kl", as `qdiff.calibration.bounds.Estimator`.
     """

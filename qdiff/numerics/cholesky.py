@@ -17,6 +17,9 @@ def damped_upper_factor(hessian: Tensor, damping: float, what: str) -> Tensor:
         hessian: float [K, K], positive semi-definite, of mean diagonal one. In place, H + d I is added up in it.
         damping: above 0.
         what: what the warning says is singular.
+
+    Raises:
+        ValueError: the Hessian has NaN or infinite values, which no damping mends.
     """
     tried = damping
     hessian.diagonal().add_(tried)
@@ -25,6 +28,8 @@ def damped_upper_factor(hessian: Tensor, damping: float, what: str) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not failed:
             return factor.flip(0, 1)
+        if not torch.isfinite(hessian).all():
+            raise ValueError(f"{what} must be finite: got NaN or infinite values; look for them in the layer's inputs")
         hessian.diagonal().add_(9 * tried)
         tried *= 10
         warnings.warn(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def quantize_log2(values: Tensor, bits: int) -> Tensor:
-    """clip(round(-log2 x), 0, 2^bits - 1), uint8: FQ-ViT (arXiv 2111.13824), equation 12.
+    """clip(round(-log2 x), 0, 2^bits - 1), uint8: FQ-ViT's (arXiv 2111.13824).
 
     Laws: 2^-code is within a factor of sqrt(2) of x for x in [2^(0.5 - 2^bits), 1]; powers of two are exact; monotone.
 
@@ -19,5 +19,5 @@ def quantize_log2(values: Tensor, bits: int) -> Tensor:
 
 
 def dequantize_log2(codes: Tensor) -> Tensor:
-    """2^-code, float32: equation 13."""
+    """2^-code, float32: what it stands for."""
     return torch.exp2(codes.float().neg_())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -47,7 +48,8 @@ class Reconstruction:
     layer by layer, where every layer's loss is exact over the whole calibration; so all kept their codes. Where layers
     are rounded less well, blocks gain (a quarter of the error and more, on two layers of 3 bits close to the nearest).
 
-    Law: on the calls held out, a block's loss is never above that of the codes chosen layer by layer.
+    Law: on the calls held out (on all, with a warning, where they are too few for that), a block's loss is never above
+    that of the codes chosen layer by layer.
     """
 
     def __init__(
@@ -76,6 +78,12 @@ def learn_block(
     block: nn.Module, drafts: Mapping[str, Draft], calls: Sequence[BlockCall], tracker: StepTracker
 ) -> dict[str, Tensor]:
     """The codes that differ, by the layers' names in the block, which is in the end as it was."""
+    if len(calls) < HELD_OUT:
+        warnings.warn(
+            f"too few calibration samples: a block is learned from {len(calls)} calls of the denoiser and judged by "
+            f"the same, with {HELD_OUT} one of them would be held out; calibrate with more steps",
+            stacklevel=2,
+        )
     steps = max(draft.state.rounding.block_steps for draft in drafts.values())
     with _opened(block, drafts, tracker) as layers:
         calls = _alike(block, calls, tracker)

@@ -215,7 +215,7 @@ def skip_segments(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
     """Channel ranges (hidden, skip) of the convolutions that read a concatenated skip connection.
 
     Every resnet of an up block of a UNet2DConditionModel (and its kin) reads `cat([hidden, skip], dim=1)`: its
-    `conv1` and its `conv_shortcut` see two distributions. Q-Diffusion (arXiv 2302.04304), section 4.3.
+    `conv1` and its `conv_shortcut` see two distributions. Q-Diffusion (arXiv 2302.04304), section 3.3.2.
     """
     hidden = _channels_before_up_blocks(denoiser)
     found: dict[str, tuple[int, int]] = {}

@@ -45,7 +45,7 @@ def over_all_timesteps(
 ) -> Statistics:
     """Inputs of these layers at `TIMESTEPS` timesteps, evenly from 0 to `last`.
 
-    TFMQ-DM (arXiv 2311.16503, section 3.2) reconstructs the embedding of time and its projections over the finite set
+    TFMQ-DM (arXiv 2311.16503) reconstructs the embedding of time and its projections, as one block, over the finite set
     of timesteps. Here each layer is rounded on inputs from all over that set, by whatever method the recipe has.
 
     Args:
