@@ -67,7 +67,7 @@ def _number(sheet: Sheet, candidate: str) -> Finding:
         else "too few to see any but gross faults"
     )
     if n < ENOUGH:
-        return Finding(Outcome.LOOK, f"Only {n} pictures: {unseen}.")
+        return Finding(Outcome.LOOK, f"Only {n} picture{'s' * (n > 1)}: {unseen}.")
     return Finding(Outcome.SHIP, f"{n:,} pictures: {unseen}.")
 
 
@@ -79,7 +79,7 @@ def _within(like: float, unlike: float, name: str) -> Callable[[Sheet, str], Fin
         if record is None:
             return Finding(Outcome.NOT_MEASURED, f"{measure.title} was not measured.")
         worst, best = (record.low, record.high) if measure.better == "higher" else (record.high, record.low)
-        if measure.worse(best, unlike):
+        if _has_interval(record) and measure.worse(best, unlike):
             return Finding(Outcome.STOP, f"{_figure(record)}: beyond the limit of {unlike:g}.")
         if measure.worse(worst, like):
             return Finding(Outcome.LOOK, f"{_figure(record)}: not all of the interval reaches {like:g}.")
@@ -96,7 +96,7 @@ def _groups(sheet: Sheet, candidate: str) -> Finding:
         return Finding(Outcome.NOT_MEASURED, "Groups were not compared.")
     name = f" ({gap.provenance['worst']})" if "worst" in gap.provenance else ""
     says = f"{gap.value:.1f} dB between the best and the worst group{name}, {chance_of(p_value)}"
-    if worst and worst.high < PSNR_UNLIKE:
+    if worst and _has_interval(worst) and worst.high < PSNR_UNLIKE:
         limit = f"beyond the limit of {PSNR_UNLIKE:g}"
         return Finding(Outcome.STOP, f"{_figure(worst)}{name}: {limit}.")
     if gap.value > GROUP_GAP_DB and p_value.value < GROUP_P:
@@ -132,6 +132,11 @@ def _saving(sheet: Sheet, candidate: str) -> Finding:
     if min(shares.values()) >= 1:
         return Finding(Outcome.LOOK, f"{says}: saves nothing that was measured.")
     return Finding(Outcome.SHIP, f"{says}.")
+
+
+def _has_interval(record: Record) -> bool:
+    """One picture has none: the bootstrap's is a point, which says nothing of others."""
+    return record.n > 1
 
 
 def _figure(record: Record) -> str:

@@ -45,6 +45,9 @@ def test_what_meets_every_rule_is_shipped():
         ({"lpips_alex": (0.09, 0.08, 0.11, 200)}, Outcome.LOOK, "reaches 0.1"),
         ({"psnr_db_group_p_value": (0.001, 0.001, 0.001, 200)}, Outcome.LOOK, "p = 0.001"),
         ({"psnr_db_worst_group": (14.0, 13.0, 14.5, 50)}, Outcome.STOP, "worst group 14.0 dB"),
+        # One picture is no evidence against others.
+        ({"psnr_db_worst_group": (14.0, 14.0, 14.0, 1)}, Outcome.SHIP, "rules that could be checked are met"),
+        ({"psnr_db": (14.0, 14.0, 14.0, 1), "lpips_alex": None}, Outcome.LOOK, "Only 1 picture: "),
         ({"clip_score": (30.0, 29.6, 30.4, 200)}, Outcome.LOOK, "below the reference's 30.50"),
         ({"stored_bytes": (1.1e7, 1.1e7, 1.1e7, 1)}, Outcome.LOOK, "110 % of the denoiser's bytes"),
         (
