@@ -448,9 +448,9 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
             share.stages(p, segment, first, end);
             if (SEGMENTED) add = false;  // the one before is in float32 by now
             Walk walk(p, segment, first);
-            // Four products are under way at a time, one of each block: a block's fragments are unpacked as soon as the
-            // product of the same block of the stage before is done. Blocks past the end of a tap are zeros: a branch around
-            // them would make the compiler wait for every product.
+            // kUnderWay products are under way at a time, one of each block: a block's fragments are unpacked as soon as the
+            // product that many blocks before, which read the same registers, is done. Blocks past the end of a tap are zeros:
+            // a branch around them would make the compiler wait for every product.
             int before = ring.stage;
             for (int i = first; i < end; ++i) {
                 fetch();

@@ -84,12 +84,9 @@ def read_picture(path: Path) -> Picture:
     Raises:
         ValueError: the file is no picture, or is cut short.
     """
-    try:
-        with Image.open(path) as image:
-            flaw = image.info.get(_FLAW)
-            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is no picture that can be read: {error}") from error
+    with _opened(path) as image:
+        flaw = image.info.get(_FLAW)
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
     return Picture(pixels, flaw or (BLACK if int(pixels.max()) == 0 else None))
 
 
@@ -99,9 +96,16 @@ def picture_size(path: Path) -> tuple[int, int]:
     Raises:
         ValueError: the file is no picture.
     """
+    with _opened(path) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Raise a `ValueError` that names the file where it is no picture, or is cut short."""
     try:
         with Image.open(path) as image:
-            return image.size
+            yield image
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is no picture that can be read: {error}") from error
 

@@ -80,13 +80,15 @@ def evaluate(
     processes, folder = accelerator or this_process(), Path(out)
     chosen = metrics_of(metrics, Weights(None if weights is None else Path(weights), offline), processes.device)
     plan = make_plan(reference, candidates, prompts, chosen, generation, folder, processes.device.type, dtype)
-    if _lacks_rows(plan, chosen, folder, processes):
-        for metric in chosen:
-            metric.prepare()
+    prepared = False
     shown = progress and processes.is_main_process
     for name, source in plan.sources.items():
         mine = plan.pairs(name)[processes.process_index :: processes.num_processes]
         measurement = _measurement(plan, name, chosen, folder, processes.process_index)
+        if not prepared and not all(measurement.is_measured(*pair) for pair in mine):
+            prepared = True
+            for metric in chosen:  # all of them before the first picture: one may lack its weights
+                metric.prepare()
         draw_and_measure(source, mine, measurement, generation, processes.device, shown)
         free(source, processes.device)
     processes.wait_for_everyone()
@@ -96,16 +98,6 @@ def evaluate(
         _write(assembly.report(costs, drift, {"dtype": dtype, "metrics": list(metrics)}), path)
     processes.wait_for_everyone()
     return Report.from_json(path.read_text(encoding="utf-8"))
-
-
-def _lacks_rows(plan: Plan, metrics: Sequence[Metric], out: Path, processes: Processes) -> bool:
-    """Whether this process has something to measure."""
-    return any(
-        not measurement.is_measured(*pair)
-        for name in plan.sources
-        for measurement in [_measurement(plan, name, metrics, out, processes.process_index)]
-        for pair in plan.pairs(name)[processes.process_index :: processes.num_processes]
-    )
 
 
 def _measurement(plan: Plan, name: str, metrics: Sequence[Metric], out: Path, process: int) -> Measurement:

@@ -35,7 +35,6 @@ _INSTALL = (
     "install CuPy for the driver's CUDA with its headers, `pip install 'cupy-cuda13x[ctk]'` or 'cupy-cuda12x[ctk]'"
 )
 _Pointers = ctypes.c_void_p * 1
-_MOST_LAUNCHERS = 1024  # that a kernel keeps
 _MOST_STREAMS = 256  # that a launcher keeps a configuration for
 
 
@@ -79,7 +78,6 @@ class Kernel:
         self._lock = threading.Lock()
         self._attribute = _Attribute(_SERIALIZATION, 0, 1)
         self.attributes = (ctypes.pointer(self._attribute), 1) if overlaps else (None, 0)
-        self._launchers: dict[tuple[tuple[int, int, int], int, int, int], Launcher] = {}
 
     def launcher(
         self, grid: tuple[int, int, int], threads: int, shared_bytes: int, layout: struct.Struct, rest: bytes = b""
@@ -98,14 +96,7 @@ class Kernel:
 
     def launch(self, grid: tuple[int, int, int], threads: int, shared_bytes: int, params: ctypes.Structure) -> None:
         """Start the kernel once: `launcher` with all of the parameter's bytes, which are copied before this returns."""
-        key = (grid, threads, shared_bytes, ctypes.sizeof(params))
-        launcher = self._launchers.get(key)
-        if launcher is None:
-            if len(self._launchers) >= _MOST_LAUNCHERS:
-                self._launchers.clear()
-            layout = struct.Struct(f"{ctypes.sizeof(params)}s")
-            launcher = self._launchers[key] = self.launcher(grid, threads, shared_bytes, layout)
-        launcher(bytes(params))
+        self.launcher(grid, threads, shared_bytes, struct.Struct(""), bytes(params))()
 
     def _allow(self, shared_bytes: int) -> None:
         with self._lock:

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from operator import itemgetter, or_
-from typing import overload
 
 import torch
 from torch import Tensor
 
 from qdiff.numerics.gemm_layout import widen_segments
 from qdiff.ops import _cupy, _gemm_mma, _gemm_wgmma, _tiles
-from qdiff.ops._problem import Launch, Problem, addresses, addresses_of, allocator
+from qdiff.ops._problem import Launch, Problem, addresses, addresses_of, allocator, dense
 from qdiff.ops._shortcut import offer
 from qdiff.ops.backend import KERNEL_BLOCK
 from qdiff.ops.checks import Checked
@@ -69,9 +68,9 @@ def linear(
     out = torch.empty(*x_codes.shape[:-1], n, dtype=out_dtype, device=x_codes.device)
     m = x_codes.numel() // k
     if x_low is not None and up is not None:
-        x_low, up = _dense(x_low), _dense(up.to(x_low.dtype))
+        x_low, up = dense(x_low), dense(up.to(x_low.dtype))
     problem = Problem(
-        x=_dense(x_codes),
+        x=dense(x_codes),
         B=1,
         H=1,
         W=m,
@@ -83,15 +82,15 @@ def linear(
         stride=(1, 1),
         padding=(0, 0),
         segments=(k,),
-        x_scale=_dense(x_scale).flatten(),
+        x_scale=dense(x_scale).flatten(),
         weight_kind=_kind(multipliers, codebook),
-        codes=_dense(codes),
-        multipliers=_dense(multipliers),
-        codebook=_dense(codebook),
-        scale=_dense(scale),
-        bias=_dense(bias),
+        codes=dense(codes),
+        multipliers=dense(multipliers),
+        codebook=dense(codebook),
+        scale=dense(scale),
+        bias=dense(bias),
         shift=None,
-        residual=_dense(residual),
+        residual=dense(residual),
         x_low=x_low,
         up=up,
         out_dtype=out_dtype,
@@ -135,7 +134,7 @@ def conv2d(
     shape = (batch, n, rows, columns)
     out = torch.empty(shape, dtype=out_dtype, device=x_codes.device, memory_format=torch.channels_last)
     problem = Problem(
-        x=_dense(nhwc),
+        x=dense(nhwc),
         B=batch,
         H=height,
         W=width,
@@ -147,15 +146,15 @@ def conv2d(
         stride=(stride[0], stride[1]),
         padding=(padding[0], padding[1]),
         segments=tuple(widths),
-        x_scale=_dense(x_scale),
+        x_scale=dense(x_scale),
         weight_kind=_kind(multipliers, codebook),
-        codes=_dense(codes),
-        multipliers=_dense(multipliers),
-        codebook=_dense(codebook),
-        scale=_dense(scale),
-        bias=_dense(bias),
-        shift=_dense(shift),
-        residual=None if residual is None else _dense(residual.permute(0, 2, 3, 1)),
+        codes=dense(codes),
+        multipliers=dense(multipliers),
+        codebook=dense(codebook),
+        scale=dense(scale),
+        bias=dense(bias),
+        shift=dense(shift),
+        residual=None if residual is None else dense(residual.permute(0, 2, 3, 1)),
         x_low=None,
         up=None,
         out_dtype=out_dtype,
@@ -165,18 +164,6 @@ def conv2d(
 
 def _kind(multipliers: Tensor | None, codebook: Tensor | None) -> int:
     return 4 if multipliers is not None else 5 if codebook is not None else 8
-
-
-@overload
-def _dense(x: Tensor) -> Tensor: ...
-@overload
-def _dense(x: None) -> None: ...
-def _dense(x: Tensor | None) -> Tensor | None:
-    # Kernels read 16 bytes at a time, one row after the other; a view can start anywhere.
-    if x is None:
-        return None
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _again(known: Checked, tensors: _Tensors) -> Tensor | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda  # type: ignore[attr-defined]  # no stubs
 
 MAX_SEGMENTS = 4  # of a convolution's channels, in the kernels' parameters
 
@@ -66,4 +66,21 @@ def allocator(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...
 
     It is `torch.empty_strided` without the dispatcher: a third of its time.
     """
-    return _empty_strided_cuda if device.type == "cuda" else _empty_strided_cpu
+    try:  # private to torch
+        from torch._C._dynamo import guards
+
+        return getattr(guards, f"_empty_strided_{device.type}")  # type: ignore[no-any-return]
+    except (ImportError, AttributeError):
+        return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
+@overload
+def dense(x: Tensor) -> Tensor: ...
+@overload
+def dense(x: None) -> None: ...
+def dense(x: Tensor | None) -> Tensor | None:
+    """The tensor as kernels read it: contiguous, from a multiple of 16 bytes on; a copy where a view is not."""
+    if x is None:
+        return None
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()

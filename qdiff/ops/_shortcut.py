@@ -21,6 +21,7 @@ try:
     from torch._C._dynamo.guards import TensorGuards
 except ImportError:
     TensorGuards: Any = None  # type: ignore[no-redef]
+
 # What computes an operator of other tensors of the same kind; None where it cannot, because of their addresses.
 Launch = Callable[[Sequence[Tensor]], Any]
 

@@ -6,13 +6,13 @@ import struct
 from collections.abc import Sequence
 from functools import reduce
 from operator import or_
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qdiff.ops import _cupy
-from qdiff.ops._problem import addresses_of, allocator
+from qdiff.ops._problem import addresses_of, allocator, dense
 from qdiff.ops._shortcut import offer
 from qdiff.ops.checks import Checked
 from qdiff.ops.low_rank_down import low_rank_down
@@ -106,7 +106,7 @@ def linear(
     ready: _Ready | None = known.prepared["ready"]
     if ready is None or reduce(or_, addresses_of((smooth, *weight))) % 16:
         return None
-    given = (_dense(x), smooth, *weight, _dense(bias), _dense(up), _dense(down))
+    given = (dense(x), smooth, *weight, dense(bias), dense(up), dense(down))
     offer(given, ready)
     return ready([tensor for tensor in given if tensor is not None])
 
@@ -132,17 +132,6 @@ def _prepare(
     rows, kind = x.numel() // k, 4 if multipliers is not None else 5 if codebook is not None else 8
     plan = _plan(x.dtype, kind, rows, n, k, _shared_limit(x.device), _cupy.multiprocessors(x.device))
     return None if plan is None else _Ready(plan, x, n, smooth, weight, bias, up)
-
-
-@overload
-def _dense(x: Tensor) -> Tensor: ...
-@overload
-def _dense(x: None) -> None: ...
-def _dense(x: Tensor | None) -> Tensor | None:
-    if x is None:
-        return None
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _plan(

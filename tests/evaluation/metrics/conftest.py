@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qdiff.evaluation.metrics.inception import TORCHSCRIPT
 from qdiff.evaluation.weights import Weights
 
 
@@ -39,6 +40,35 @@ def weights(tmp_path_factory):
     network.fc.weight.data.mul_(30)  # pictures of different classes
     torch.save(network.state_dict(), folder / "inception-random.pth")
     return Weights(folder, offline=True)
+
+
+class Layers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution = torch.nn.Conv2d(3, 2048, 31, stride=23)
+
+    def forward(self, x):
+        return self.convolution(x).relu().mean((2, 3))
+
+
+class Detector(torch.nn.Module):
+    """The interface of StyleGAN2-ADA's TorchScript Inception: `layers` on pictures in [-1, 1), and 2,048 features."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = Layers()
+
+    def forward(self, x, return_features: bool = False):
+        return self.layers((x - 128) / 128)
+
+
+@pytest.fixture
+def torchscript(tmp_path):
+    """A file of the published TorchScript's name and format, in `tmp_path`, of a network that has none of its size."""
+    torch.manual_seed(0)
+    path = tmp_path / TORCHSCRIPT.name
+    torch.jit.script(Detector().eval()).save(str(path))
+    return path
 
 
 def randomize(network, seed=0):

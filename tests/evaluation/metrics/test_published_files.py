@@ -54,31 +54,8 @@ def published(tmp_path, monkeypatch):
     return take
 
 
-class Layers(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.convolution = torch.nn.Conv2d(3, 2048, 31, stride=23)
-
-    def forward(self, x):
-        return self.convolution(x).relu().mean((2, 3))
-
-
-class Detector(torch.nn.Module):
-    """The interface of the published TorchScript: `layers` on pictures in [-1, 1), and 2,048 features."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = Layers()
-
-    def forward(self, x, return_features: bool = False):
-        return self.layers((x - 128) / 128)
-
-
-def test_fid_and_kid_load_the_torchscript(tmp_path, pictures, published):
-    torch.manual_seed(0)
-    path = tmp_path / TORCHSCRIPT.name
-    torch.jit.script(Detector().eval()).save(str(path))
-    weights = published(inception, "TORCHSCRIPT", path)
+def test_fid_and_kid_load_the_torchscript(tmp_path, torchscript, pictures, published):
+    weights = published(inception, "TORCHSCRIPT", torchscript)
     measured = metric("fid", weights)
     assert (measured.name, metric("kid", weights).name) == ("fid", "kid")
     measured.prepare()
@@ -88,7 +65,7 @@ def test_fid_and_kid_load_the_torchscript(tmp_path, pictures, published):
     torch.testing.assert_close(
         measured.rows(pictures[:2]), expected(torch.from_numpy(resized).permute(0, 3, 1, 2)), rtol=1e-4, atol=1e-6
     )
-    assert measured.provenance()["weights_sha256"] == sha256_of(path)
+    assert measured.provenance()["weights_sha256"] == sha256_of(torchscript)
 
 
 @pytest.mark.parametrize("name", [STATE_DICT.name, *STATE_DICT.aliases], ids=["pytorch-fid", "torch-fidelity"])
