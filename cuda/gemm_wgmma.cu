@@ -5,11 +5,13 @@
 // shared memory, are unpacked to int8 in registers, and never travel again. Activations are the B operand, in shared
 // memory as the copy engine leaves them: a box of channels x pixels at the tap's offset, zeros outside the image.
 //
-// A producer warpgroup (two threads drive the copy engine, two warps lay out the multipliers) gives its registers to two
-// consumer warpgroups. Compiled for one tile:
+// A producer warpgroup (a thread drives the copy engine, the other warps lay out the multipliers) gives its registers to the
+// consumer warpgroups, of 64 features each. Compiled for one tile:
 //   WEIGHT     4: int4 with a multiplier a block of 32, 5: int4 with a codebook a row, 8: int8
+//   WARPGROUPS consumer warpgroups: 2 or 3
 //   TOKENS     output pixels a tile: 16 or a multiple of 32, to 256
 //   RANK       of the low-rank branch in units of 32, rounded up; 0: there is none. LOW: its type, 1 half, 2 bfloat16
+//   IMAGE      1: pixels of images, any kernel and segments; 0: one row of them, 1x1, one segment
 //   SEGMENTED  1: channel segments with scales of their own, summed in float32
 //   OUT        results: 0 float32, or the integers themselves, 1 half, 2 bfloat16
 //   ELEMENTS   1: results are stored one by one (always with OUT 0); 0: by the copy engine, from shared memory
@@ -26,11 +28,16 @@
 #include "unpack.cuh"
 #include "wgmma.cuh"
 
-constexpr int kFeatures = 128;  // of a tile, 64 a warpgroup
-constexpr int kProducerRegisters = SPLIT > 1 ? 56 : 40;  // a thread; the consumers have the rest of 512
-constexpr int kChunk = TOKENS < 32 || EXTRAS || (ELEMENTS && RANK) || SPLIT > 1 ? 16 : 32;  // tokens of a step of the epilogue
+constexpr int kFeatures = 64 * WARPGROUPS;  // of a tile
+constexpr int kConsumers = 128 * WARPGROUPS;  // threads
+// A thread's, in eights: what all begin with, of 65,536; the producers'; and the rest for the consumers.
+constexpr int kRegisters = 65536 / (kConsumers + 128) / 8 * 8;
+constexpr int kProducerRegisters = SPLIT > 1 ? 56 : 40;
+constexpr int kConsumerRegisters = (kRegisters * (WARPGROUPS + 1) - kProducerRegisters) / WARPGROUPS / 8 * 8;
+constexpr int kChunk = TOKENS < 32 || EXTRAS || (RANK && (ELEMENTS || WARPGROUPS > 2)) || SPLIT > 1 ? 16 : 32;  // tokens of a step of the epilogue
 constexpr int kStored = SPLIT > 1 ? kChunk : TOKENS > 192 ? 64 : TOKENS;  // tokens that the copy engine stores at once
-constexpr int kStoreBytes = ELEMENTS ? 0 : kStored * 128;  // of a warpgroup's
+constexpr int kStores = kStored < TOKENS && SPLIT == 1 ? 2 : 1;  // buffers for them
+constexpr int kStoreBytes = ELEMENTS ? 0 : kStores * kStored * 128;  // of a warpgroup's
 constexpr int kWeightRow = WEIGHT == 8 ? 128 : 64;  // bytes of a weight row in a stage of 128
 constexpr int kWeightBytes = kFeatures * kWeightRow;
 constexpr int kInputBytes = TOKENS * 128;
@@ -38,7 +45,7 @@ constexpr int kStageBytes = kWeightBytes + kInputBytes;
 constexpr int kMultiplierBytes = WEIGHT == 4 ? 4 * kFeatures : 0;  // of a stage: one for each row and block of 32
 constexpr int kMaxSegments = 4;
 // Of segments that are complete, the sums are in registers where there are enough, or else in the workspace.
-constexpr bool kKeepsSums = SEGMENTED && TOKENS <= (WEIGHT == 5 ? 96 : 128);
+constexpr bool kKeepsSums = SEGMENTED && WARPGROUPS == 2 && TOKENS <= (WEIGHT == 5 ? 96 : 128);
 constexpr int kUnderWay = kKeepsSums && TOKENS > 96 ? 2 : 4;  // products of a warpgroup at a time
 constexpr int kLowRow = 64;  // bytes of a row of the low-rank branch in a stage, 32 of its rank
 constexpr int kAccumulators = TOKENS / 2;
@@ -51,8 +58,8 @@ constexpr int kLowBytes = (kFeatures + TOKENS) * kLowRow;  // of 32 of the rank
 static_assert(SPLIT == 1 || kExchanged + RANK * kLowBytes <= STAGES * kStageBytes, "no room to exchange");
 // In shared memory, after the stages and what is stored: the tables, the barriers (of each stage two, and with SPLIT one of
 // the low-rank branch), the multipliers.
-constexpr int kTables = STAGES * kStageBytes + 2 * kStoreBytes;
-constexpr int kBarriers = kTables + 2 * kTable * 4;
+constexpr int kTables = STAGES * kStageBytes + WARPGROUPS * kStoreBytes;
+constexpr int kBarriers = kTables + WARPGROUPS * kTable * 4;
 constexpr int kLowBarrier = kBarriers + 16 * STAGES;
 constexpr int kMultipliers = kLowBarrier + (SPLIT > 1 ? 8 : 0);
 
@@ -73,7 +80,7 @@ struct Params {
     int parts[kMaxSegments];  // with SPLIT: blocks of each segment, SPLIT in all
     int box_w, box_h, box_n;  // a tile's pixels are a box of columns, rows and images; so are kStored of them
     int tiles_w, tiles_h, feature_tiles, tiles;
-    int rows_per_scale, is_image;
+    int rows_per_scale;
     int multiplier_stride;
     int is_integer, bias_dtype, shift_dtype;
 };
@@ -83,22 +90,23 @@ struct Walk {
     int chunk, chunks, blocks, block, tap_h, tap_w, channel;
 
     __device__ Walk(const Params& p, int segment, int stage) {
-        int before = 0;
-        for (int s = 0; s < segment; ++s) before += p.channels[s];
         blocks = p.channels[segment] / 32;
         chunks = (blocks + 3) / 4;
-        const int tap = stage / chunks;
+        chunk = stage, block = 4 * stage;
+        channel = tap_h = tap_w = 0;
+        if (!IMAGE) return;
+        for (int s = 0; s < segment; ++s) channel += p.channels[s];
+        const int tap = SPLIT > 1 ? stage / chunks : 0;  // a block that is alone begins with the first
         chunk = stage - tap * chunks;
-        block = before / 32 * p.taps + tap * blocks + 4 * chunk;
+        block = channel / 32 * p.taps + tap * blocks + 4 * chunk;
         tap_h = tap / p.kernel_w;
         tap_w = tap - tap_h * p.kernel_w;
-        channel = before;
     }
     // The blocks of 32 in this stage.
     __device__ int here() const { return min(4, blocks - 4 * chunk); }
     __device__ void next(const Params& p) {
         block += here();
-        if (++chunk == chunks) {
+        if (++chunk == chunks && IMAGE) {
             chunk = 0;
             if (++tap_w == p.kernel_w) {
                 tap_w = 0;
@@ -113,16 +121,16 @@ struct Share {
     int first_segment, end_segment, part, parts;
 
     __device__ explicit Share(const Params& p) {
-        first_segment = 0, end_segment = p.segments, part = 0, parts = 1;
-        if (SPLIT > 1) {
-            part = cluster_rank();
+        first_segment = 0, end_segment = IMAGE ? p.segments : 1, part = 0, parts = SPLIT;
+        if (SPLIT > 1) part = cluster_rank();
+        if (SPLIT > 1 && IMAGE) {
             while (part >= p.parts[first_segment]) part -= p.parts[first_segment++];
             parts = p.parts[first_segment];
             end_segment = first_segment + 1;
         }
     }
     __device__ void stages(const Params& p, int segment, int& first, int& end) const {
-        const int total = p.taps * ((p.channels[segment] / 32 + 3) / 4);
+        const int total = (IMAGE ? p.taps : 1) * ((p.channels[segment] / 32 + 3) / 4);
         first = part * total / parts;
         end = (part + 1) * total / parts;
     }
@@ -132,11 +140,11 @@ struct Tile {
     int feature, image, row, column;
 
     __device__ Tile(const Params& p, int index) {
-        const int box = index / p.feature_tiles;
+        const int box = static_cast<unsigned>(index) / static_cast<unsigned>(p.feature_tiles);
         feature = (index - box * p.feature_tiles) * kFeatures;
         column = box * p.box_w;
         image = row = 0;
-        if (p.is_image) {
+        if (IMAGE) {
             const int line = box / p.tiles_w, plane = line / p.tiles_h;
             column = (box - line * p.tiles_w) * p.box_w;
             row = (line - plane * p.tiles_h) * p.box_h;
@@ -147,7 +155,7 @@ struct Tile {
     __device__ void pixel(const Params& p, int token, int& b, int& h, int& w) const {
         b = h = 0;
         w = column + token;
-        if (p.is_image) {
+        if (IMAGE) {
             const int line = token / p.box_w, plane = line / p.box_h;
             w -= line * p.box_w;
             h = row + line - plane * p.box_h;
@@ -169,17 +177,26 @@ struct Ring {
     }
 };
 
-// Loads the weights, or the pixels (INPUT) and what of the low-rank branch belongs to them: one thread each.
-template <bool INPUT>
+// Loads the weights and the pixels, then what of the low-rank branch belongs to them: one thread.
 __device__ __forceinline__ void produce(const Params& p, unsigned stages, unsigned full, unsigned empty) {
-    constexpr int kBytes = INPUT ? kInputBytes : kWeightBytes;
     const Share share(p);
     Ring ring{0, 1};  // the buffers start out empty
-    auto acquire = [&](int bytes) {
-        barrier_wait(empty + 8 * ring.stage, ring.phase);
-        barrier_expect(full + 8 * ring.stage, bytes);
+    // Weights do not come from the kernel before: those of the first stages are on their way while it ends.
+    auto load_weights = [&](const Ring& to, const Walk& walk, int feature) {
+        barrier_expect(full + 8 * to.stage, kStageBytes);
+        tma_load_2d(stages + to.stage * kStageBytes, &p.weight, full + 8 * to.stage, walk.block * (WEIGHT == 8 ? 32 : 16), feature);
     };
-    prefetch_map(INPUT ? &p.input : &p.weight);
+    int early = 0;
+    {
+        int first, end;
+        share.stages(p, share.first_segment, first, end);
+        Walk walk(p, share.first_segment, first);
+        Ring to{0, 0};
+        for (; early < min(STAGES, end - first); ++early, to.next(), walk.next(p))
+            load_weights(to, walk, Tile(p, blockIdx.x / SPLIT).feature);
+    }
+    prefetch_map(&p.input);
+    wait_for_kernel_before();
     for (int index = blockIdx.x / SPLIT; index < p.tiles; index += gridDim.x / SPLIT) {
         const Tile tile(p, index);
         const int w0 = tile.column * p.stride_w - p.padding_w, h0 = tile.row * p.stride_h - p.padding_h;
@@ -189,12 +206,12 @@ __device__ __forceinline__ void produce(const Params& p, unsigned stages, unsign
             Walk walk(p, segment, first);
             for (int i = first; i < end; ++i) {
                 const unsigned at = stages + ring.stage * kStageBytes, bar = full + 8 * ring.stage;
-                acquire(kBytes);
-                if (INPUT)
-                    tma_load_4d(at + kWeightBytes, &p.input, bar, walk.channel + 128 * walk.chunk, w0 + walk.tap_w,
-                                h0 + walk.tap_h, tile.image);
-                else
-                    tma_load_2d(at, &p.weight, bar, walk.block * (WEIGHT == 8 ? 32 : 16), tile.feature);
+                if (early-- <= 0) {
+                    barrier_wait(empty + 8 * ring.stage, ring.phase);
+                    load_weights(ring, walk, tile.feature);
+                }
+                tma_load_4d(at + kWeightBytes, &p.input, bar, walk.channel + 128 * walk.chunk, w0 + walk.tap_w,
+                            h0 + walk.tap_h, tile.image);
                 walk.next(p);
                 ring.next();
             }
@@ -202,11 +219,10 @@ __device__ __forceinline__ void produce(const Params& p, unsigned stages, unsign
         if (RANK && SPLIT == 1) {
             for (int r = 0; r < RANK; ++r) {
                 const unsigned at = stages + ring.stage * kStageBytes, bar = full + 8 * ring.stage;
-                acquire((INPUT ? TOKENS : kFeatures) * kLowRow);
-                if (INPUT)
-                    tma_load_4d(at + kWeightBytes, &p.low, bar, kLowRow * r, tile.column, 0, 0);
-                else
-                    tma_load_2d(at, &p.up, bar, kLowRow * r, tile.feature);
+                barrier_wait(empty + 8 * ring.stage, ring.phase);
+                barrier_expect(bar, kLowBytes);
+                tma_load_2d(at, &p.up, bar, kLowRow * r, tile.feature);
+                tma_load_4d(at + kWeightBytes, &p.low, bar, kLowRow * r, tile.column, 0, 0);
                 ring.next();
             }
         }
@@ -214,11 +230,11 @@ __device__ __forceinline__ void produce(const Params& p, unsigned stages, unsign
 }
 
 // Lays out the multipliers: for each stage and row a word with those of its four blocks of 32, zero where the K axis has
-// no such block. Two warps, two rows a lane; of each row a lane keeps the 16 blocks around, so that it reads a word of
-// global memory every 256 of K, one ahead. A row starts at any byte: words are read where they are aligned.
+// no such block. A warp for each 64 features, two rows a lane; of each row a lane keeps the 16 blocks around, so that it reads
+// a word of global memory every 256 of K, one ahead. A row starts at any byte: words are read where they are aligned.
 __device__ __forceinline__ void produce_multipliers(const Params& p, unsigned words, unsigned full, unsigned empty) {
     const Share share(p);
-    const int lane = threadIdx.x % 64, stride = p.multiplier_stride;
+    const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 % 4 * 64 - 64 + lane, stride = p.multiplier_stride;
     const unsigned long long begin = reinterpret_cast<unsigned long long>(p.multipliers);
     const unsigned long long last_byte = begin + static_cast<long long>(stride) * p.features - 1;
     Ring ring{0, 1};
@@ -228,7 +244,7 @@ __device__ __forceinline__ void produce_multipliers(const Params& p, unsigned wo
         unsigned turn[2], here[2], next[2], raw[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            row[i] = begin + static_cast<long long>(min(tile.feature + lane + 64 * i, p.features - 1)) * stride;
+            row[i] = begin + static_cast<long long>(min(tile.feature + first_row + 32 * i, p.features - 1)) * stride;
             turn[i] = 8 * (row[i] & 3);
             row[i] &= ~3ull;
         }
@@ -267,18 +283,18 @@ __device__ __forceinline__ void produce_multipliers(const Params& p, unsigned wo
                 for (int i = 0; i < 2; ++i) {
                     unsigned four = __funnelshift_r(here[i], next[i], shift) & mask;
                     four = (four | four << 8) & 0x00ff00ff;
-                    store_shared(words + ring.stage * kMultiplierBytes + 4 * (lane + 64 * i),
+                    store_shared(words + ring.stage * kMultiplierBytes + 4 * (first_row + 32 * i),
                                  (four | four << 4) & 0x0f0f0f0f);
                 }
                 __syncwarp();
-                if (lane % 32 == 0) barrier_arrive(full + 8 * ring.stage);
+                if (lane == 0) barrier_arrive(full + 8 * ring.stage);
                 ring.next();
             }
         }
         if (RANK && SPLIT == 1)
             for (int r = 0; r < RANK; ++r) {
                 barrier_wait(empty + 8 * ring.stage, ring.phase);
-                if (lane % 32 == 0) barrier_arrive(full + 8 * ring.stage);
+                if (lane == 0) barrier_arrive(full + 8 * ring.stage);
                 ring.next();
             }
     }
@@ -288,9 +304,9 @@ __device__ __forceinline__ void produce_multipliers(const Params& p, unsigned wo
 __device__ __forceinline__ float input_scale(const Params& p, const Tile& tile, int position) {
     int b, h, w;
     tile.pixel(p, position % TOKENS, b, h, w);
-    int item = p.is_image ? min(b, p.images - 1) : min(w, p.width - 1);
+    int item = IMAGE ? min(b, p.images - 1) : min(w, p.width - 1);
     if (p.rows_per_scale > 1) item /= p.rows_per_scale;
-    return __ldg(p.input_scale + item * p.segments + position / TOKENS);
+    return __ldg(p.input_scale + item * (IMAGE ? p.segments : 1) + position / TOKENS);
 }
 
 __device__ __forceinline__ float to_float(unsigned accumulator) { return static_cast<float>(static_cast<int>(accumulator)); }
@@ -306,7 +322,8 @@ __device__ __forceinline__ unsigned pack2(float low, float high) {
 
 __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, unsigned full, unsigned empty) {
     const unsigned stages = shared_address(shared);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    // The same in all lanes, which the compiler sees this way.
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const int group = warp / 4, row = 16 * (warp % 4) + lane / 4, pair = 2 * (lane % 4);
     const Share share(p);
     // Of a tile's tokens: the input's scales, one for each segment; where the result goes, or -1; which image it is of.
@@ -319,10 +336,10 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
     // Results on their way to the copy engine: rows of 64 features, whose pieces of 16 bytes are swapped.
     const unsigned store = stages + STAGES * kStageBytes + group * kStoreBytes;
     const unsigned my_store = (lane / 16 * 8 + lane % 8) * 128 + ((2 * (warp % 4) + lane / 8 % 2) ^ lane % 8) * 16;
-    float4* const partial = p.partial + static_cast<long long>(2 * blockIdx.x + group) * (kAccumulators / 4) * 128 + threadIdx.x % 128;
+    float4* const partial = p.partial + static_cast<long long>(WARPGROUPS * blockIdx.x + group) * (kAccumulators / 4) * 128 + threadIdx.x % 128;
     // Integers on their way to the cluster's other blocks: of four accumulators after the other, 16 bytes a thread.
     const unsigned exchanged = threadIdx.x * 16;
-    constexpr unsigned kStep = 256 * 16;
+    constexpr unsigned kStep = kConsumers * 16;
     Ring ring{0, 0};
     auto release = [&](int s) {
         __syncwarp();  // the arrival is of the other lanes' reads as well
@@ -351,7 +368,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                     ring.next();
                 }
             if (SPLIT > 1) {
-                named_barrier(3, 256);
+                named_barrier(1 + WARPGROUPS, kConsumers);
                 cluster_sync();
                 cluster_sync();
             }
@@ -378,7 +395,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
 #pragma unroll
         for (int i = 0; i < kScales; ++i) token_scale[i] = input_scale(p, tile, min(threadIdx.x % 128 + 128 * i, TOKENS - 1));
         auto share_tables = [&] {  // with the whole warpgroup, once its threads have read the last tile's
-            named_barrier(1 + group, 128);
+            if (ELEMENTS) named_barrier(1 + group, 128);  // stores of boxes come after one
 #pragma unroll
             for (int i = 0; i < kScales; ++i) {
                 const int token = threadIdx.x % 128 + 128 * i;
@@ -392,6 +409,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 }
             }
             for (int i = threadIdx.x % 128 + TOKENS; i < TOKENS * min(kScaled, p.segments); i += 128) scales[i] = input_scale(p, tile, i);
+            if (!ELEMENTS && threadIdx.x % 128 == 0) stores_wait_read();  // the last tile's are out of the way
             named_barrier(1 + group, 128);
         };
 
@@ -473,6 +491,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 ring.next();
                 walk.next(p);
             }
+            if (!SEGMENTED && SPLIT == 1) share_tables();  // while the last products are under way
             wgmma_wait<0>();
             if (first < end) release(before);
             if (SEGMENTED && segment + 1 < p.segments) {
@@ -494,7 +513,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
 #pragma unroll
                     for (int j = 0; j < kAccumulators; ++j) acc[j] = 0;
             }
-            named_barrier(3, 256);  // the other warpgroup, too, has read what it needs of the pipeline's buffers
+            named_barrier(1 + WARPGROUPS, kConsumers);  // the other warpgroups, too, have read what it needs of the pipeline's buffers
             if (RANK && threadIdx.x == 0) {
                 const unsigned at = stages + kExchanged, bar = stages + kLowBarrier;
                 barrier_expect(bar, RANK * kLowBytes);
@@ -512,7 +531,6 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
         }
 
         // Epilogue: float32, each step rounded on its own, one cast at the end; kChunk tokens at a time.
-        if (!SEGMENTED && SPLIT == 1) share_tables();
         const int low_stage = ring.stage;
         if (RANK && SPLIT == 1)
             for (int r = 0; r < RANK; ++r) {
@@ -648,23 +666,24 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                     v[j] = __fadd_rn(v[j], float_of_bits(two & 0xffff, OUT));
                     v[j + 1] = __fadd_rn(v[j + 1], float_of_bits(two >> 16, OUT));
                 }
-                if (chunk * kChunk % kStored == 0) {
-                    if (threadIdx.x % 128 == 0) stores_wait_read();  // what was stored last is out of the way
+                if (SPLIT > 1 && chunk >= SPLIT) {  // what was stored last is out of the way
+                    if (threadIdx.x % 128 == 0) stores_wait_read();
                     named_barrier(1 + group, 128);
                 }
 #pragma unroll
                 for (int j = 0; j < kValues; j += 8) {  // 16 tokens
                     const unsigned four[4] = {pack2(v[j], v[j + 1]), pack2(v[j + 2], v[j + 3]), pack2(v[j + 4], v[j + 5]),
                                               pack2(v[j + 6], v[j + 7])};
-                    stmatrix_x4_turned(store + my_store + (chunk * kChunk % kStored + 2 * j) * 128, four);
+                    stmatrix_x4_turned(store + my_store + (chunk * kChunk % (kStores * kStored) + 2 * j) * 128, four);
                 }
                 if ((chunk + 1) * kChunk % kStored == 0) {
                     fence_copy_engine();
+                    if (kStores > 1 && threadIdx.x % 128 == 0) stores_wait_read();  // the other buffer is free
                     named_barrier(1 + group, 128);
                     if (threadIdx.x % 128 == 0) {
                         int b = tile.image, h = tile.row, w = tile.column;
                         if (kStored < TOKENS) tile.pixel(p, (chunk + 1) * kChunk - kStored, b, h, w);
-                        tma_store_4d(&p.out, store, 2 * first_feature, w, h, b);
+                        tma_store_4d(&p.out, store + chunk * kChunk / kStored % kStores * kStored * 128, 2 * first_feature, w, h, b);
                     }
                 }
             }
@@ -679,7 +698,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
     if (!ELEMENTS && threadIdx.x % 128 == 0) stores_wait_read();  // shared memory is theirs until then
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
 #if SPLIT > 1
     __cluster_dims__(SPLIT, 1, 1)
 #endif
@@ -691,28 +710,28 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
-            barrier_init(full + 8 * i, WEIGHT == 4 ? 4 : 2);  // the arrivals of the producers
-            barrier_init(empty + 8 * i, 8);
+            barrier_init(full + 8 * i, WEIGHT == 4 ? 1 + WARPGROUPS : 1);  // the arrivals of the producers
+            barrier_init(empty + 8 * i, 4 * WARPGROUPS);
         }
         if (SPLIT > 1) barrier_init(stages + kLowBarrier, 1);
         barrier_init_visible();
     }
     __syncthreads();
 
-    wait_for_kernel_before();
-    let_next_kernel_in();
-    if (warp >= 8) {
+    if (warp >= 4 * WARPGROUPS) {
         give_registers<kProducerRegisters>();
-        if (threadIdx.x == 256) produce<false>(p, stages, full, empty);
-        if (threadIdx.x == 288) produce<true>(p, stages, full, empty);
-        if (WEIGHT == 4 && warp >= 10) produce_multipliers(p, stages + kMultipliers, full, empty);
+        const int producer = warp - 4 * WARPGROUPS;
+        if (threadIdx.x == kConsumers) produce(p, stages, full, empty);
+        if (WEIGHT == 4 && producer > 0 && producer <= WARPGROUPS) produce_multipliers(p, stages + kMultipliers, full, empty);
         if (SPLIT > 1) {
             __syncwarp();
             cluster_sync();
             cluster_sync();
         }
     } else {
-        take_registers<(512 - kProducerRegisters) / 2 / 8 * 8>();
+        take_registers<kConsumerRegisters>();
+        wait_for_kernel_before();
+        let_next_kernel_in();
         consume(p, shared, full, empty);
     }
 }

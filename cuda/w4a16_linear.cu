@@ -261,8 +261,6 @@ __device__ __forceinline__ float low_rank(const Params& p, int row, int feature)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) w4a16_linear(const __grid_constant__ Params p) {
-    wait_for_kernel_before();
-    let_next_kernel_in();
     DYNAMIC_SHARED(shared);
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
     const int steps = (p.k + 127) / 128, stride = row_stride(steps), side_row = side_bytes(p);
@@ -284,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) w4a16_linear(con
 #pragma unroll
     for (int i = 0; i < LOADS; ++i) source.lane_steps[i] = (p.k - LANE_K * t - HALF_K * i + 127) / 128;
 
-    // W first: it is under way while x is made ready.
+    // W first: it is under way while the kernel before ends and x is made ready.
     const unsigned char* side = copy_side(side_shared, p, first_row, end);
     cp_async_commit();
 #pragma unroll 1
@@ -295,6 +293,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) w4a16_linear(con
         prefetch_l2(p.scale + feature);
         if (p.bias != nullptr) prefetch_l2(static_cast<const char*>(p.bias) + dtype_bytes(p.bias_type) * feature);
     }
+    wait_for_kernel_before();
+    let_next_kernel_in();
     stage_rows(shared, p, steps);
     cp_async_wait<STAGES>();
     __syncthreads();

@@ -25,18 +25,25 @@ NAME = "wgmma"
 
 
 class Tile(NamedTuple):
-    """128 features x `tokens` output pixels, the K axis shared by a cluster of `split` blocks."""
+    """`features` x `tokens` output pixels, the K axis shared by a cluster of `split` blocks."""
 
     tokens: int
     split: int = 1
+    features: int = 128
 
     @property
     def name(self) -> str:
-        return f"128x{self.tokens}" + (f"/{self.split}" if self.split > 1 else "")
+        return f"{self.features}x{self.tokens}" + (f"/{self.split}" if self.split > 1 else "")
+
+    @property
+    def groups(self) -> int:
+        """Warpgroups that multiply, 64 features each."""
+        return self.features // 64
 
 
 TILES = [
     *(Tile(tokens) for tokens in (256, 192, 160, 128, 96)),
+    *(Tile(tokens, features=192) for tokens in (160, 128, 96)),
     *(Tile(256, split) for split in (2, 4)),
     *(Tile(tokens, 2) for tokens in (192, 160)),
     *(Tile(128, split) for split in (2, 4, 8)),  # clusters of 3 or 6 leave multiprocessors idle
@@ -51,7 +58,7 @@ def fits(tile: Tile, problem: Problem) -> bool:
     if tile.split == 1:
         return pieces <= _shared(tile, 8, False, False, True)[0]
     room = min(_shared(tile, weight, False, False, True)[0] * _stage(tile, weight) for weight in (4, 8))
-    return tile.tokens * 512 + pieces * (128 + tile.tokens) * 64 <= room and tile.split >= len(problem.segments)
+    return tile.tokens * tile.features * 4 + pieces * (tile.features + tile.tokens) * 64 <= room and tile.split >= len(problem.segments)
 
 
 def guess(problem: Problem) -> Tile:
@@ -66,7 +73,7 @@ def guess(problem: Problem) -> Tile:
 
     def cycles(tile: Tile) -> float:
         w, h, n = _box(tile, p.B, p.OH, p.OW, p.stride)
-        tiles = -(-p.OW // w) * -(-p.OH // h) * -(-p.B // n) * -(-p.N // 128)
+        tiles = -(-p.OW // w) * -(-p.OH // h) * -(-p.B // n) * -(-p.N // tile.features)
         waves = -(-tiles * tile.split // multiprocessors)
         stage = max(540 + 2.6 * tile.tokens, 4 * tile.tokens)
         longest = max(-(-count // part) for count, part in zip(stages, parts_of(stages, tile.split), strict=True))
@@ -108,27 +115,30 @@ def _stored(tile: Tile) -> int:
 
 def _stage(tile: Tile, weight: int) -> int:
     """Bytes of weights and input in a stage of the pipeline."""
-    return 128 * (128 if weight == 8 else 64) + 128 * tile.tokens
+    return tile.features * (128 if weight == 8 else 64) + 128 * tile.tokens
 
 
 def _shared(tile: Tile, weight: int, segmented: bool, elements: bool, extras: bool) -> tuple[int, int]:
     """As deep a pipeline as fits, to eight stages, and the bytes of shared memory that it makes."""
-    tables = 2 * ((4 if segmented or tile.split > 1 else 1) + 2 * (elements or extras)) * tile.tokens * 4
-    stores = 0 if elements else 2 * _stored(tile) * 128
-    stage = _stage(tile, weight) + 16 + (512 if weight == 4 else 0)  # with its barriers and its multipliers
+    tables = tile.groups * ((4 if segmented or tile.split > 1 else 1) + 2 * (elements or extras)) * tile.tokens * 4
+    buffers = 2 if tile.split == 1 and _stored(tile) < tile.tokens else 1
+    stores = 0 if elements else tile.groups * buffers * _stored(tile) * 128
+    stage = _stage(tile, weight) + 16 + (4 * tile.features if weight == 4 else 0)  # with its barriers and its multipliers
     rest = tables + stores + 8  # a barrier more
     depth = min(8, (_SHARED_LIMIT - rest) // stage)
     return depth, depth * stage + rest
 
 
 def _defines(
-    tile: Tile, weight: int, rank: int, low: int, segmented: bool, out: int, elements: bool, extras: bool
+    tile: Tile, weight: int, rank: int, low: int, image: bool, segmented: bool, out: int, elements: bool, extras: bool
 ) -> tuple[tuple[str, int], ...]:
     return (
         ("WEIGHT", weight),
+        ("WARPGROUPS", tile.groups),
         ("TOKENS", tile.tokens),
         ("RANK", rank),
         ("LOW", low),
+        ("IMAGE", int(image)),
         ("SEGMENTED", int(segmented)),
         ("OUT", out),
         ("ELEMENTS", int(elements)),
@@ -151,7 +161,7 @@ class _Plan(NamedTuple):
 
 # The kernel's parameters: tensor maps and pointers; then integers.
 _MAPS_AND_POINTERS = struct.Struct("128s128s128s128s128s9Q")
-_INTEGERS = struct.Struct("32i56x")  # to a multiple of 64 bytes, as the tensor maps make the struct
+_INTEGERS = struct.Struct("31i60x")  # to a multiple of 64 bytes, as the tensor maps make the struct
 _NO_MAP = bytes(128)
 
 
@@ -176,9 +186,9 @@ def _plan(
 ) -> _Plan:
     box = _box(tile, images, height, width, stride)
     tiles_w, tiles_h, tiles_b = (-(-size // part) for size, part in zip((width, height, images), box))
-    feature_tiles = -(-features // 128)
+    feature_tiles = -(-features // tile.features)
     tiles = tiles_w * tiles_h * tiles_b * feature_tiles
-    linear = images == 1 and height == 1
+    linear = images == 1 and height == 1 and kernel == stride == (1, 1) and len(segments) == 1 and padding == (0, 0)
     items = width if linear else images
     out, bias, shift, low = dtypes
     none = [0] * (MAX_SEGMENTS - len(segments))
@@ -189,13 +199,13 @@ def _plan(
         *(len(segments), *segments, *none),
         *(*parts_of(stages, tile.split), *none),
         *(*box, tiles_w, tiles_h, feature_tiles, tiles),
-        *(max(1, items // max(1, scale_rows)), int(not linear)),
+        max(1, items // max(1, scale_rows)),
         *((sum(segments) * kernel[0] * kernel[1] // 32 + 1) // 2,),
         *(int(out == 3), bias, shift),
     )
     segmented = tile.split == 1 and len(segments) > 1 and out != 3
     source = _cupy.kernel(
-        "gemm_wgmma", _defines(tile, weight, -(-rank // _RANKS), low, segmented, out % 3, elements, extras)
+        "gemm_wgmma", _defines(tile, weight, -(-rank // _RANKS), low, not linear, segmented, out % 3, elements, extras)
     )
     blocks = tiles * tile.split if tile.split > 1 else min(tiles, _cupy.multiprocessors(torch.device("cuda", device)))
     return _Plan(
@@ -204,7 +214,7 @@ def _plan(
         _shared(tile, weight, segmented, elements, extras)[1],
         integers,
         box,
-        blocks * tile.tokens * 512 if segmented and tile.tokens > (96 if weight == 5 else 128) else 0,
+        blocks * tile.tokens * tile.features * 4 if segmented and (tile.groups > 2 or tile.tokens > (96 if weight == 5 else 128)) else 0,
     )
 
 
@@ -278,7 +288,7 @@ def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
     (w, h, b), c = plan.box, p.C
     weight_bytes = p.codes.shape[1]
     row, swizzle = (128, 3) if p.weight_kind == 8 else (64, 2)
-    weight_maps = _maps_of((weight_bytes, n), (weight_bytes,), (row, 128), (1, 1), swizzle)
+    weight_maps = _maps_of((weight_bytes, n), (weight_bytes,), (row, tile.features), (1, 1), swizzle)
     input_maps = _maps_of(
         (c, p.W, p.H, p.B),
         (c, c * p.W, c * p.W * p.H),
@@ -289,14 +299,14 @@ def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
     up_maps = low_maps = out_maps = None
     if rank:
         r = 2 * rank
-        up_maps = _maps_of((r, n), (r,), (64, 128), (1, 1), 2)
+        up_maps = _maps_of((r, n), (r,), (64, tile.features), (1, 1), 2)
         low_maps = _maps_of((r, p.OW, 1, 1), (r, r * p.OW, r * p.OW), (64, w, 1, 1), (1, 1, 1, 1), 2)
     if not elements:
         r = 2 * n
         sizes, strides = (r, p.OW, p.OH, p.B), (r, r * p.OW, r * p.OW * p.OH)
         out_maps = _maps_of(sizes, strides, (128, *_stored_box(tile, plan.box)), (1, 1, 1, 1), 3)
 
-    start = plan.kernel.launcher(plan.grid, 384, plan.shared_bytes, _MAPS_AND_POINTERS, plan.integers)
+    start = plan.kernel.launcher(plan.grid, 128 * (tile.groups + 1), plan.shared_bytes, _MAPS_AND_POINTERS, plan.integers)
 
     def run(places: Sequence[int]) -> None:
         x, codes, multipliers, codebook, scale, bias, shift, residual, x_scale, x_low, up, out = places
@@ -379,16 +389,16 @@ def _encode(
 
 # A cover of what `prepare` may ask for: every tile, and with some of them every other macro.
 VARIANTS = [
-    ("gemm_wgmma", _defines(tile, weight, rank, low, segmented, out, elements, extras))
+    ("gemm_wgmma", _defines(tile, weight, rank, low, image, segmented, out, elements, extras))
     for tile in TILES
     for weight in (4, 5, 8)
-    for rank, low, segmented, out, elements, extras in (
-        (0, 0, False, 1, False, False),
-        (1, 2, False, 2, False, True),
-        (0, 0, True, 1, False, True),
-        (0, 0, False, 0, True, True),
-        (4, 1, False, 1, True, False),
-        (1, 1, False, 1, False, False),
+    for rank, low, image, segmented, out, elements, extras in (
+        (0, 0, False, False, 1, False, False),
+        (1, 2, False, False, 2, False, True),
+        (0, 0, True, True, 1, False, True),
+        (0, 0, True, False, 0, True, True),
+        (4, 1, False, False, 1, True, False),
+        (1, 1, False, False, 1, False, False),
     )
     if (weight == 4 or tile in (Tile(256), Tile(128), Tile(64, 4)))
     and (not (rank or segmented or elements) or tile in (Tile(256), Tile(160), Tile(128), Tile(128, 8), Tile(64, 4)))

@@ -41,6 +41,7 @@ class Case:
 
 
 WIDE, ODD, QUARTERS, HALVES, WIDE_QUARTERS = Tile(256), Tile(96), Tile(16, 4), Tile(64, 2), Tile(128, 4)
+LARGE = Tile(128, features=192)
 THREE = {"kernel": (3, 3), "padding": (1, 1)}
 BF16 = torch.bfloat16
 
@@ -64,6 +65,11 @@ LINEAR = {
     "16 tokens, four blocks, one stage": Case(QUARTERS, n=64, segments=(32,), size=(1, 1, 5)),
     "64 tokens, two blocks": Case(HALVES, n=136, segments=(672,), size=(1, 1, 70), scale_rows=70),
     "128 tokens, four blocks": Case(WIDE_QUARTERS, n=136, segments=(1184,), size=(1, 1, 150), scale_rows=150),
+    "192 features": Case(LARGE, n=388, segments=(672,), size=(1, 1, 200), scale_rows=200, multiprocessors=1),
+    "192 features, int8, less than a tile": Case(LARGE, n=72, segments=(160,), size=(1, 1, 60), weight=8),
+    "192 features, rank 48, residual": Case(LARGE, n=200, segments=(320,), size=(1, 1, 140), rank=48, residual=True),
+    "192 features, rank 32": Case(LARGE, n=320, segments=(96,), size=(1, 1, 200), rank=32, multiprocessors=1),
+    "256 tokens, stored in parts": Case(WIDE, n=128, segments=(96,), size=(1, 1, 600), scale_rows=600, multiprocessors=1),
     "rank 8": Case(ODD, n=132, segments=(320,), size=(1, 1, 100), rank=8, scale_rows=100),
     "rank 32": Case(ODD, n=68, segments=(96,), size=(1, 1, 200), rank=32),
     "rank 48, bfloat16": Case(ODD, n=68, segments=(320,), size=(1, 1, 97), rank=48, low_dtype=BF16),
@@ -96,6 +102,10 @@ CONVOLUTIONS = {
     "many tiny images": Case(
         ODD, n=36, segments=(32,), size=(13, 3, 3), scale_rows=13, shift=True, residual=True, **THREE
     ),
+    "one pixel in all": Case(ODD, n=36, segments=(64,), size=(1, 3, 3), kernel=(3, 3), weight=5),
+    "one row, stride 2": Case(ODD, n=36, segments=(64,), size=(1, 1, 9), stride=(2, 2)),
+    "one row, two segments": Case(ODD, n=36, segments=(64, 32), size=(1, 1, 9), scale_rows=1),
+    "one row, padded": Case(ODD, n=36, segments=(64,), size=(1, 1, 9), padding=(0, 1)),
     "one pixel an image": Case(ODD, n=36, segments=(32,), size=(5, 1, 1), scale_rows=5, shift=True, **THREE),
     "int8": Case(ODD, n=36, segments=(96,), size=(2, 6, 5), weight=8, **THREE),
     "codebook": Case(ODD, n=36, segments=(96,), size=(2, 6, 5), weight=5, **THREE),
@@ -115,6 +125,9 @@ CONVOLUTIONS = {
     ),
     "four segments, more than 128 tokens": Case(
         Tile(160), n=36, segments=(32, 160, 64, 32), size=(3, 9, 7), scale_rows=3, multiprocessors=1, **THREE
+    ),
+    "192 features, two segments": Case(
+        LARGE, n=260, segments=(64, 96), size=(2, 9, 8), scale_rows=2, shift=True, multiprocessors=1, **THREE
     ),
     "four segments, four blocks": Case(QUARTERS, n=36, segments=(32, 96, 64, 32), size=(2, 4, 3), **THREE),
     "four blocks, C = 96, stride 2": Case(QUARTERS, n=36, segments=(96,), size=(3, 5, 5), stride=(2, 2), **THREE),
