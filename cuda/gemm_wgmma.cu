@@ -74,6 +74,7 @@ struct Params {
     const void* residual;
     float4* partial;
     void* elements;  // the output, where it is stored one by one
+    unsigned long long early;  // whether weights may be read while the kernel before still runs
     int features, images, height, width;  // of the output
     int kernel_w, taps, stride_h, stride_w, padding_h, padding_w;
     int segments, channels[kMaxSegments];
@@ -181,7 +182,7 @@ struct Ring {
 __device__ __forceinline__ void produce(const Params& p, unsigned stages, unsigned full, unsigned empty) {
     const Share share(p);
     Ring ring{0, 1};  // the buffers start out empty
-    // Weights do not come from the kernel before: those of the first stages are on their way while it ends.
+    // Where weights do not come from the kernel before, those of the first stages are on their way while it ends.
     auto load_weights = [&](const Ring& to, const Walk& walk, int feature) {
         barrier_expect(full + 8 * to.stage, kStageBytes);
         tma_load_2d(stages + to.stage * kStageBytes, &p.weight, full + 8 * to.stage, walk.block * (WEIGHT == 8 ? 32 : 16), feature);
@@ -708,6 +709,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     const unsigned full = stages + kBarriers, empty = full + 8 * STAGES;
     const int warp = threadIdx.x / 32;
 
+    if (!p.early) wait_for_kernel_before();
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(full + 8 * i, WEIGHT == 4 ? 1 + WARPGROUPS : 1);  // the arrivals of the producers

@@ -66,6 +66,7 @@ struct Params {
     const void* low;
     const void* up;
     void* y;
+    unsigned long long early;  // whether weights may be read while the kernel before still runs
     int rows;
     int n;
     int k;
@@ -261,6 +262,7 @@ __device__ __forceinline__ float low_rank(const Params& p, int row, int feature)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) w4a16_linear(const __grid_constant__ Params p) {
+    if (!p.early) wait_for_kernel_before();
     DYNAMIC_SHARED(shared);
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
     const int steps = (p.k + 127) / 128, stride = row_stride(steps), side_row = side_bytes(p);
@@ -282,7 +284,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) w4a16_linear(con
 #pragma unroll
     for (int i = 0; i < LOADS; ++i) source.lane_steps[i] = (p.k - LANE_K * t - HALF_K * i + 127) / 128;
 
-    // W first: it is under way while the kernel before ends and x is made ready.
+    // W first: it is under way while x is made ready, and the kernel before ends.
     const unsigned char* side = copy_side(side_shared, p, first_row, end);
     cp_async_commit();
 #pragma unroll 1

@@ -1,7 +1,7 @@
 // Programmatic dependent launch (sm_90 and later): a kernel may be set up while the one before it on the stream still
-// runs. Every kernel of this folder waits before its first access to what a kernel may have written, and lets the next one
-// in after that. Weights are read before: nothing writes them on the stream just before they are used, and what was
-// written earlier is there, since the kernel in between has waited for it.
+// runs. Every kernel of this folder waits before its first access to what that one may have written, and lets the next one
+// in only then: so what was written earlier is there from the start. That goes for weights if the host says so
+// (qdiff/ops/_settled.py).
 #pragma once
 
 __device__ __forceinline__ void wait_for_kernel_before() {

@@ -13,6 +13,7 @@ from torch import Tensor
 from qdiff.numerics.gemm_layout import widen_segments
 from qdiff.ops import _cupy, _gemm_mma, _gemm_wgmma, _tiles
 from qdiff.ops._problem import Launch, Problem, addresses, addresses_of, allocator, dense
+from qdiff.ops._settled import settled
 from qdiff.ops._shortcut import offer
 from qdiff.ops.backend import KERNEL_BLOCK
 from qdiff.ops.checks import Checked
@@ -27,6 +28,7 @@ class _Ready:
         given = [place for place, tensor in enumerate(tensors) if tensor is not None]
         # 12 addresses of those that are given, of the result, and of none.
         self._places = itemgetter(*(given.index(i) if i in given else -1 for i in range(len(tensors))), -2)
+        self._weights = slice(1, 2 + (tensors[2] is not None))  # codes and multipliers
         self._launch, self._empty, self._forced = launch, allocator(out.device), _forced
         self._like = tuple(out.shape), out.stride(), out.dtype
 
@@ -36,7 +38,7 @@ class _Ready:
         if reduce(or_, places) % 16 or self._forced != _forced:
             return None
         out = self._empty(*self._like)
-        self._launch(self._places((*places, out.data_ptr(), 0)))
+        self._launch(self._places((*places, out.data_ptr(), 0)), settled(tuple(given[self._weights])))
         return out
 
 
@@ -133,14 +135,17 @@ def conv2d(
     columns = (width + 2 * padding[1] - kernel[1]) // stride[1] + 1
     shape = (batch, n, rows, columns)
     out = torch.empty(shape, dtype=out_dtype, device=x_codes.device, memory_format=torch.channels_last)
+    sizes = batch, height, width, rows, columns
+    if [*kernel, *stride, *padding, len(widths)] == [1, 1, 1, 1, 0, 0, 1] and shift is None:  # a linear layer
+        sizes = 1, 1, batch * height * width, 1, batch * rows * columns
     problem = Problem(
         x=dense(nhwc),
-        B=batch,
-        H=height,
-        W=width,
+        B=sizes[0],
+        H=sizes[1],
+        W=sizes[2],
         C=sum(widths),
-        OH=rows,
-        OW=columns,
+        OH=sizes[3],
+        OW=sizes[4],
         N=n,
         kernel=(kernel[0], kernel[1]),
         stride=(stride[0], stride[1]),
@@ -193,7 +198,7 @@ def _run(problem: Problem, out: Tensor) -> Launch:
     kernels = _gemm_wgmma if path == "wgmma" and _gemm_wgmma.refusal(problem) is None else _gemm_mma
     forced = next((tile for tile in kernels.TILES if tile.name == forced_tile), None)
     launch = kernels.prepare(problem, out, forced or _tiles.choose(kernels, problem, out))
-    launch(addresses(problem, out))
+    launch(addresses(problem, out), False)
     return launch
 
 

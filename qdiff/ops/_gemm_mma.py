@@ -64,7 +64,7 @@ def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
     grid = (-(-problem.N // tile.features) * -(-pixels // tile.tokens), 1, 1)
     shared = shared_bytes(tile, problem.weight_kind, depth)
     start = kernel.launcher(grid, THREADS, shared, _POINTERS, _integers(problem, out))
-    return lambda places: start(*places)
+    return lambda places, early: start(*places)
 
 
 def choose_tile(features: int, pixels: int, multiprocessors: int) -> Tile:

@@ -58,7 +58,8 @@ def fits(tile: Tile, problem: Problem) -> bool:
     if tile.split == 1:
         return pieces <= _shared(tile, 8, False, False, True)[0]
     room = min(_shared(tile, weight, False, False, True)[0] * _stage(tile, weight) for weight in (4, 8))
-    return tile.tokens * tile.features * 4 + pieces * (tile.features + tile.tokens) * 64 <= room and tile.split >= len(problem.segments)
+    exchanged = tile.tokens * tile.features * 4 + pieces * (tile.features + tile.tokens) * 64
+    return exchanged <= room and tile.split >= len(problem.segments)
 
 
 def guess(problem: Problem) -> Tile:
@@ -123,7 +124,8 @@ def _shared(tile: Tile, weight: int, segmented: bool, elements: bool, extras: bo
     tables = tile.groups * ((4 if segmented or tile.split > 1 else 1) + 2 * (elements or extras)) * tile.tokens * 4
     buffers = 2 if tile.split == 1 and _stored(tile) < tile.tokens else 1
     stores = 0 if elements else tile.groups * buffers * _stored(tile) * 128
-    stage = _stage(tile, weight) + 16 + (4 * tile.features if weight == 4 else 0)  # with its barriers and its multipliers
+    beside = 16 + (4 * tile.features if weight == 4 else 0)  # barriers and multipliers
+    stage = _stage(tile, weight) + beside
     rest = tables + stores + 8  # a barrier more
     depth = min(8, (_SHARED_LIMIT - rest) // stage)
     return depth, depth * stage + rest
@@ -159,9 +161,9 @@ class _Plan(NamedTuple):
     partial: int  # bytes of workspace
 
 
-# The kernel's parameters: tensor maps and pointers; then integers.
-_MAPS_AND_POINTERS = struct.Struct("128s128s128s128s128s9Q")
-_INTEGERS = struct.Struct("31i60x")  # to a multiple of 64 bytes, as the tensor maps make the struct
+# The kernel's parameters: tensor maps, pointers and whether to read weights early; then integers.
+_MAPS_AND_POINTERS = struct.Struct("128s128s128s128s128s10Q")
+_INTEGERS = struct.Struct("31i52x")  # to a multiple of 64 bytes, as the tensor maps make the struct
 _NO_MAP = bytes(128)
 
 
@@ -214,7 +216,9 @@ def _plan(
         _shared(tile, weight, segmented, elements, extras)[1],
         integers,
         box,
-        blocks * tile.tokens * tile.features * 4 if segmented and (tile.groups > 2 or tile.tokens > (96 if weight == 5 else 128)) else 0,
+        blocks * tile.tokens * tile.features * 4
+        if segmented and (tile.groups > 2 or tile.tokens > (96 if weight == 5 else 128))
+        else 0,
     )
 
 
@@ -306,9 +310,11 @@ def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
         sizes, strides = (r, p.OW, p.OH, p.B), (r, r * p.OW, r * p.OW * p.OH)
         out_maps = _maps_of(sizes, strides, (128, *_stored_box(tile, plan.box)), (1, 1, 1, 1), 3)
 
-    start = plan.kernel.launcher(plan.grid, 128 * (tile.groups + 1), plan.shared_bytes, _MAPS_AND_POINTERS, plan.integers)
+    start = plan.kernel.launcher(
+        plan.grid, 128 * (tile.groups + 1), plan.shared_bytes, _MAPS_AND_POINTERS, plan.integers
+    )
 
-    def run(places: Sequence[int]) -> None:
+    def run(places: Sequence[int], early: bool) -> None:
         x, codes, multipliers, codebook, scale, bias, shift, residual, x_scale, x_low, up, out = places
         if plain:
             bias = shift = residual = 0
@@ -322,7 +328,7 @@ def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
             _NO_MAP if out_maps is None else out_maps[out],
             *(multipliers, codebook, scale, x_scale, bias, shift, residual),
             0 if partial is None else partial.data_ptr(),
-            out,
+            *(out, early),
         )
 
     return run

@@ -11,8 +11,9 @@ from torch import Tensor
 
 MAX_SEGMENTS = 4  # of a convolution's channels, in the kernels' parameters
 
-# A launch that is ready but for the addresses: those of `addresses`.
-Launch = Callable[[Sequence[int]], None]
+# A launch that is ready but for the addresses, those of `addresses`, and whether the weights may be read while the
+# kernel before still runs (`settled`).
+Launch = Callable[[Sequence[int], bool], None]
 
 
 @dataclass(slots=True)

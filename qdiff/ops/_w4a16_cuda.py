@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qdiff.ops import _cupy
 from qdiff.ops._problem import addresses_of, allocator, dense
+from qdiff.ops._settled import settled
 from qdiff.ops._shortcut import offer
 from qdiff.ops.checks import Checked
 from qdiff.ops.low_rank_down import low_rank_down
@@ -27,7 +28,7 @@ _STEP = 128  # of K; a tile's step is a warp's unit of work
 _CONFIGURATIONS = ((16, 3), (8, 4), (8, 2), (4, 2))
 _FEW = 16
 
-_INTEGERS = struct.Struct("8i")  # the kernel's, after ten pointers
+_INTEGERS = struct.Struct("8i")  # the kernel's, after ten pointers and whether to read weights early
 
 
 class _Plan(NamedTuple):
@@ -60,9 +61,11 @@ class _Ready:
         types = (0 if bias is None else _TYPES[bias.dtype], _TYPES[x.dtype], 0 if up is None else _TYPES[up.dtype])
         integers = _INTEGERS.pack(rows, n, k, 0 if up is None else up.shape[1], plan.block_rows, *types)
         pointers = (x, smooth, *weight, bias, up, up, x)  # or what else is there when they are: low, y
-        layout = struct.Struct("".join("8x" if tensor is None else "Q" for tensor in pointers))
+        layout = struct.Struct("".join("8x" if tensor is None else "Q" for tensor in pointers) + "Q")
         self._launch, self._empty = plan.launcher(layout, integers), allocator(x.device)
         self._smoothed, self._projected = smooth is not None, up is not None
+        first = 1 + self._smoothed
+        self._weights = slice(first, first + sum(part is not None for part in weight[:3]))  # all but the scale
         y = torch.empty((*x.shape[:-1], n), device="meta")
         self._y = tuple(y.shape), y.stride(), x.dtype
 
@@ -76,7 +79,7 @@ class _Ready:
         if self._projected:
             low = low_rank_down(given[0], given[1] if self._smoothed else None, given[-1])
             places[-2:] = low.data_ptr(), places[-2]
-        self._launch(*places, y.data_ptr())
+        self._launch(*places, y.data_ptr(), settled(tuple(given[self._weights])))
         return y
 
 

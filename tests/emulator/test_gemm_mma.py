@@ -94,7 +94,7 @@ def run(emulated_kernel, problems, guarded, monkeypatch):
         storage = torch.full((count + 512,), 7, dtype=dtype)
         out = storage[256 : 256 + count].view(-1, problem.N)
         problem = problems.guard(problem, guarded)
-        _gemm_mma.prepare(problem, out, case.tile)(addresses(problem, out))
+        _gemm_mma.prepare(problem, out, case.tile)(addresses(problem, out), True)
         assert (storage[:256] == 7).all()
         assert (storage[256 + count :] == 7).all()
         return out

@@ -69,7 +69,9 @@ LINEAR = {
     "192 features, int8, less than a tile": Case(LARGE, n=72, segments=(160,), size=(1, 1, 60), weight=8),
     "192 features, rank 48, residual": Case(LARGE, n=200, segments=(320,), size=(1, 1, 140), rank=48, residual=True),
     "192 features, rank 32": Case(LARGE, n=320, segments=(96,), size=(1, 1, 200), rank=32, multiprocessors=1),
-    "256 tokens, stored in parts": Case(WIDE, n=128, segments=(96,), size=(1, 1, 600), scale_rows=600, multiprocessors=1),
+    "256 tokens, stored in parts": Case(
+        WIDE, n=128, segments=(96,), size=(1, 1, 600), scale_rows=600, multiprocessors=1
+    ),
     "rank 8": Case(ODD, n=132, segments=(320,), size=(1, 1, 100), rank=8, scale_rows=100),
     "rank 32": Case(ODD, n=68, segments=(96,), size=(1, 1, 200), rank=32),
     "rank 48, bfloat16": Case(ODD, n=68, segments=(320,), size=(1, 1, 97), rank=48, low_dtype=BF16),
@@ -175,7 +177,7 @@ def run(emulated_kernel, problems, guarded, monkeypatch):
         out = storage[256 : 256 + count].view(-1, problem.N)
         assert _gemm_wgmma.fits(case.tile, problem)
         assert _gemm_wgmma.refusal(problem) is None
-        _gemm_wgmma.prepare(problem, out, case.tile)(addresses(problem, out))
+        _gemm_wgmma.prepare(problem, out, case.tile)(addresses(problem, out), True)
         assert (storage[:256] == 7).all()
         assert (storage[256 + count :] == 7).all()
         return out

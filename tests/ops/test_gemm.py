@@ -13,7 +13,7 @@ import torch
 
 from qdiff import ops
 from qdiff.numerics.packing import pack_int4, pack_multipliers
-from qdiff.ops import _cupy, _gemm, _gemm_wgmma, _shortcut, _tiles, checks
+from qdiff.ops import _cupy, _gemm, _gemm_wgmma, _settled, _shortcut, _tiles, checks
 from qdiff.ops.w8a8_conv2d import int8_conv2d
 
 N, KERNEL = 6, (3, 2)
@@ -114,6 +114,7 @@ def gpu(monkeypatch):
 
     def forget():
         checks.forget()
+        _settled.forget()
         _gemm_wgmma._plan.cache_clear()
         _gemm_wgmma._maps.clear()
 

@@ -601,6 +601,35 @@ def test_results_are_the_same_every_time(path):
         assert torch.equal(run("conv2d", "int4", image, DEVICE), first[1])
 
 
+@pytest.mark.parametrize("few", [False, True], ids=["linear", "few rows"])
+def test_weights_that_the_kernel_before_has_written(path, few):
+    """Kernels read weights before the one before them has ended, but not what it may be writing."""
+    n, k = 1280, 1280
+    rest = dict.fromkeys(("codebook", "bias", "x_low", "up", "residual")) | {"group_size": BLOCK}
+    both = [tuple(part.to(DEVICE) for part in random_weight("int4", n, k)[:2]) for _ in range(2)]
+    x = torch.randn(2 if few else 64, k, device=DEVICE, dtype=torch.float16)
+    x_codes, x_scale, _ = ops.quantize_per_token(x, None, None)
+    scale = torch.full((n,), 1e-4, device=DEVICE)
+
+    def product(codes, multipliers):
+        if few:
+            return ops.w4a16_linear(x, None, codes, multipliers, None, scale, BLOCK, None, None, None)
+        packed = {"codes": codes, "multipliers": multipliers, "scale": scale, **rest}
+        return ops.w4a8_linear(x_codes=x_codes, x_scale=x_scale, out_dtype=torch.float16, **packed)
+
+    expected = [product(*weight) for weight in both]
+    torch.cuda.synchronize()
+    weights = [torch.empty_like(part) for part in both[0]]
+    torch.zeros(10**9, dtype=torch.int8, device=DEVICE)  # busy while what follows is put in line
+    results = []
+    for i in range(200):
+        for part, source in zip(weights, both[i % 2]):
+            torch.bitwise_or(source, 0, out=part)
+        results += [product(*weights), product(*weights)]
+    for i, result in enumerate(results):
+        assert torch.equal(result, expected[i // 2 % 2]), i
+
+
 def test_torch_compile_without_graph_breaks(path):
     forward = half_layer()
     traced = torch.compile(forward, fullgraph=True)

@@ -9,7 +9,7 @@ import torch
 
 from qdiff import ops
 from qdiff.numerics.packing import pack_int4, pack_multipliers
-from qdiff.ops import _cupy, _w4a16_cuda, checks
+from qdiff.ops import _cupy, _settled, _w4a16_cuda, checks
 
 K = 64
 
@@ -84,6 +84,7 @@ def test_a_second_call_of_a_kind_launches_what_a_first_one_would(name, call, lau
     result = call(name, other)
     expected = without_results(launched[-1], result)
     checks.forget()
+    _settled.forget()
     call(name, one)
     monkeypatch.setattr(_cupy, "kernel", None)  # nobody asks for it again
     again = call(name, other)

@@ -1,0 +1,43 @@
+"""Weights that a kernel may read while the kernel before it on the stream still runs.
+
+With programmatic dependent launch (cuda/include/dependent.cuh) a kernel may begin before what the one before it writes
+is there; what was written earlier is. A weight that an earlier call has waited for, and that is unchanged, was.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+# By identity: the tensor, its version and where it is.
+_read: dict[int, tuple[ref[Tensor], int, int]] = {}
+
+
+def settled(weights: tuple[Tensor, ...]) -> bool:
+    """Whether an earlier call has read all of them as they are now. If not, this one waits, and later ones need not."""
+    for weight in weights:
+        known = _read.get(id(weight))
+        if known is None or known[0]() is not weight or known[1:] != (weight._version, weight.data_ptr()):
+            _note(weights)
+            return False
+    return True
+
+
+def forget() -> None:
+    """Let the next call wait for all weights."""
+    _read.clear()
+
+
+def _note(weights: tuple[Tensor, ...]) -> None:
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return  # nothing is read before the graph runs
+    for weight in weights:
+        if not weight.is_inference():  # such have no version
+            _read[id(weight)] = ref(weight, partial(_gone, id(weight))), weight._version, weight.data_ptr()
+
+
+def _gone(identity: int, _: ref[Tensor]) -> None:
+    _read.pop(identity, None)
