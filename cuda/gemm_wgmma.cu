@@ -46,6 +46,7 @@ constexpr int kMultiplierBytes = WEIGHT == 4 ? 4 * kFeatures : 0;  // of a stage
 constexpr int kMaxSegments = 4;
 // Of segments that are complete, the sums are in registers where there are enough, or else in the workspace.
 constexpr bool kKeepsSums = SEGMENTED && WARPGROUPS == 2 && TOKENS <= (WEIGHT == 5 ? 96 : 128);
+constexpr bool kAhead = !SEGMENTED;  // registers are there to look up what the next tile needs
 constexpr int kUnderWay = kKeepsSums && TOKENS > 96 ? 2 : 4;  // products of a warpgroup at a time
 constexpr int kLowRow = 64;  // bytes of a row of the low-rank branch in a stage, 32 of its rank
 constexpr int kAccumulators = TOKENS / 2;
@@ -137,12 +138,32 @@ struct Share {
     }
 };
 
+// This block's tiles, one after the other: boxes of pixels, and the features of each. One division, and no more of them.
+struct Position {
+    int index, box, features;  // of features: tiles of them
+    int boxes, more_features;  // from one tile to the next
+
+    __device__ explicit Position(const Params& p) {
+        index = blockIdx.x / SPLIT;
+        box = index / p.feature_tiles, features = index % p.feature_tiles;
+        boxes = gridDim.x / SPLIT / p.feature_tiles, more_features = gridDim.x / SPLIT % p.feature_tiles;
+    }
+    __device__ bool inside(const Params& p) const { return index < p.tiles; }
+    __device__ int feature() const { return features * kFeatures; }
+    __device__ void next(const Params& p) {
+        index += gridDim.x / SPLIT;
+        box += boxes, features += more_features;
+        if (features >= p.feature_tiles) features -= p.feature_tiles, ++box;
+    }
+};
+
 struct Tile {
     int feature, image, row, column;
 
-    __device__ Tile(const Params& p, int index) {
-        const int box = static_cast<unsigned>(index) / static_cast<unsigned>(p.feature_tiles);
-        feature = (index - box * p.feature_tiles) * kFeatures;
+    Tile() = default;
+    __device__ Tile(const Params& p, const Position& position) {
+        const int box = position.box;
+        feature = position.feature();
         column = box * p.box_w;
         image = row = 0;
         if (IMAGE) {
@@ -187,6 +208,7 @@ __device__ __forceinline__ void produce(const Params& p, unsigned stages, unsign
         barrier_expect(full + 8 * to.stage, kStageBytes);
         tma_load_2d(stages + to.stage * kStageBytes, &p.weight, full + 8 * to.stage, walk.block * (WEIGHT == 8 ? 32 : 16), feature);
     };
+    Position position(p);
     int early = 0;
     {
         int first, end;
@@ -194,12 +216,12 @@ __device__ __forceinline__ void produce(const Params& p, unsigned stages, unsign
         Walk walk(p, share.first_segment, first);
         Ring to{0, 0};
         for (; early < min(STAGES, end - first); ++early, to.next(), walk.next(p))
-            load_weights(to, walk, Tile(p, blockIdx.x / SPLIT).feature);
+            load_weights(to, walk, position.feature());
     }
     prefetch_map(&p.input);
     wait_for_kernel_before();
-    for (int index = blockIdx.x / SPLIT; index < p.tiles; index += gridDim.x / SPLIT) {
-        const Tile tile(p, index);
+    for (; position.inside(p); position.next(p)) {
+        const Tile tile(p, position);
         const int w0 = tile.column * p.stride_w - p.padding_w, h0 = tile.row * p.stride_h - p.padding_h;
         for (int segment = share.first_segment; segment < share.end_segment; ++segment) {
             int first, end;
@@ -239,13 +261,12 @@ __device__ __forceinline__ void produce_multipliers(const Params& p, unsigned wo
     const unsigned long long begin = reinterpret_cast<unsigned long long>(p.multipliers);
     const unsigned long long last_byte = begin + static_cast<long long>(stride) * p.features - 1;
     Ring ring{0, 1};
-    for (int index = blockIdx.x / SPLIT; index < p.tiles; index += gridDim.x / SPLIT) {
-        const Tile tile(p, index);
+    for (Position position(p); position.inside(p); position.next(p)) {
         unsigned long long row[2];
         unsigned turn[2], here[2], next[2], raw[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            row[i] = begin + static_cast<long long>(min(tile.feature + first_row + 32 * i, p.features - 1)) * stride;
+            row[i] = begin + static_cast<long long>(min(position.feature() + first_row + 32 * i, p.features - 1)) * stride;
             turn[i] = 8 * (row[i] & 3);
             row[i] &= ~3ull;
         }
@@ -346,9 +367,32 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
         __syncwarp();  // the arrival is of the other lanes' reads as well
         if (lane == 0) barrier_arrive(empty + 8 * s);
     };
-    for (int index = blockIdx.x / SPLIT; index < p.tiles; index += gridDim.x / SPLIT) {
-        const Tile tile(p, index);
-        const int first_feature = tile.feature + group * 64;
+    // What the epilogue of a tile needs: the scales of its tokens and of this thread's features. With kAhead, the next tile's
+    // are asked for at the beginning of an epilogue, and are there when it ends.
+    Tile tile;
+    float weight_scale[2], token_scale[kScales];
+    unsigned bias_bits[2];
+    auto look_up = [&](const Position& position) {
+        if (!position.inside(p)) return;
+        tile = Tile(p, position);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int feature = min(tile.feature + group * 64 + row + 8 * i, p.features - 1);
+            weight_scale[i] = __ldg(p.scale + feature);
+            bias_bits[i] = 0;
+            if (p.bias)
+                bias_bits[i] = p.bias_dtype == 0 ? __ldg(static_cast<const unsigned*>(p.bias) + feature)
+                                                 : __ldg(static_cast<const unsigned short*>(p.bias) + feature);
+        }
+#pragma unroll
+        for (int i = 0; i < kScales; ++i)
+            token_scale[i] = input_scale(p, tile, min(threadIdx.x % 128 + 128 * i, TOKENS - 1));
+    };
+    Position position(p), after = position;
+    if (kAhead) look_up(position);
+    for (; position.inside(p); position = after) {
+        after.next(p);
+        const int first_feature = position.feature() + group * 64;
         unsigned acc[kAccumulators];
         float sum[kKeepsSums ? kAccumulators : 4];  // of the segments that are complete
 
@@ -373,28 +417,18 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 cluster_sync();
                 cluster_sync();
             }
+            if (kAhead) look_up(after);
             continue;
         }
+        if (!kAhead) look_up(position);
 
-        // What the epilogue needs, asked for early: the scales of the tile's tokens and of this thread's features.
-        float weight_scale[2], token_scale[kScales];
-        unsigned bias_bits[2];
         unsigned codebook[2][4];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; WEIGHT == 5 && i < 2; ++i) {
             const int feature = min(first_feature + row + 8 * i, p.features - 1);
-            weight_scale[i] = __ldg(p.scale + feature);
-            bias_bits[i] = 0;
-            if (p.bias)
-                bias_bits[i] = p.bias_dtype == 0 ? __ldg(static_cast<const unsigned*>(p.bias) + feature)
-                                                 : __ldg(static_cast<const unsigned short*>(p.bias) + feature);
-            if (WEIGHT == 5) {
-                const uint4 entries = __ldg(reinterpret_cast<const uint4*>(p.codebook) + feature);
-                codebook[i][0] = entries.x, codebook[i][1] = entries.y, codebook[i][2] = entries.z, codebook[i][3] = entries.w;
-            }
+            const uint4 entries = __ldg(reinterpret_cast<const uint4*>(p.codebook) + feature);
+            codebook[i][0] = entries.x, codebook[i][1] = entries.y, codebook[i][2] = entries.z, codebook[i][3] = entries.w;
         }
-#pragma unroll
-        for (int i = 0; i < kScales; ++i) token_scale[i] = input_scale(p, tile, min(threadIdx.x % 128 + 128 * i, TOKENS - 1));
         auto share_tables = [&] {  // with the whole warpgroup, once its threads have read the last tile's
             if (ELEMENTS) named_barrier(1 + group, 128);  // stores of boxes come after one
 #pragma unroll
@@ -538,10 +572,13 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 barrier_wait(full + 8 * ring.stage, ring.phase);
                 ring.next();
             }
+        const Tile here = tile;
+        const float factor[2] = {weight_scale[0], weight_scale[1]};
         float bias[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i)
             bias[i] = p.bias_dtype == 0 ? __uint_as_float(bias_bits[i]) : float_of_bits(bias_bits[i], p.bias_dtype);
+        if (kAhead) look_up(after);
         constexpr int kValues = kChunk / 2;
         float low[2][kValues];
         auto multiply_low = [&](int chunk, float (&sums)[kValues]) {
@@ -594,10 +631,10 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                     y = scaled(total[j / 4], first + j, SEGMENTED ? p.segments - 1 : 0);
                     if (SEGMENTED) y = add4(sum_before(first + j), y);
                 }
-                v[j] = __fadd_rn(__fmul_rn(y.x, weight_scale[0]), bias[0]);
-                v[j + 1] = __fadd_rn(__fmul_rn(y.y, weight_scale[0]), bias[0]);
-                v[j + 2] = __fadd_rn(__fmul_rn(y.z, weight_scale[1]), bias[1]);
-                v[j + 3] = __fadd_rn(__fmul_rn(y.w, weight_scale[1]), bias[1]);
+                v[j] = __fadd_rn(__fmul_rn(y.x, factor[0]), bias[0]);
+                v[j + 1] = __fadd_rn(__fmul_rn(y.y, factor[0]), bias[0]);
+                v[j + 2] = __fadd_rn(__fmul_rn(y.z, factor[1]), bias[1]);
+                v[j + 3] = __fadd_rn(__fmul_rn(y.w, factor[1]), bias[1]);
             }
             if (EXTRAS && p.shift) {  // eight tokens have one image
 #pragma unroll
@@ -682,8 +719,8 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                     if (kStores > 1 && threadIdx.x % 128 == 0) stores_wait_read();  // the other buffer is free
                     named_barrier(1 + group, 128);
                     if (threadIdx.x % 128 == 0) {
-                        int b = tile.image, h = tile.row, w = tile.column;
-                        if (kStored < TOKENS) tile.pixel(p, (chunk + 1) * kChunk - kStored, b, h, w);
+                        int b = here.image, h = here.row, w = here.column;
+                        if (kStored < TOKENS) here.pixel(p, (chunk + 1) * kChunk - kStored, b, h, w);
                         tma_store_4d(&p.out, store + chunk * kChunk / kStored % kStores * kStored * 128, 2 * first_feature, w, h, b);
                     }
                 }

@@ -39,7 +39,7 @@ _MOST_STREAMS = 256  # that a launcher keeps a configuration for
 
 
 class _Attribute(ctypes.Structure):
-    """The driver's CUlaunchAttribute: programmatic stream serialization, on."""
+    """The driver's CUlaunchAttribute: programmatic stream serialization, on; or a cluster's blocks in x, y, z."""
 
     _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15)]
 
@@ -56,6 +56,7 @@ class _Config(ctypes.Structure):
 
 
 _SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _NOT_SET_UP = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
@@ -97,6 +98,20 @@ class Kernel:
     def launch(self, grid: tuple[int, int, int], threads: int, shared_bytes: int, params: ctypes.Structure) -> None:
         """Start the kernel once: `launcher` with all of the parameter's bytes, which are copied before this returns."""
         self.launcher(grid, threads, shared_bytes, struct.Struct(""), bytes(params))()
+
+    def clusters(self, size: int, threads: int, shared_bytes: int) -> int:
+        """How many clusters of `size` such blocks the device runs at once."""
+        self._allow(shared_bytes)
+        cluster = _Attribute(_CLUSTER, 0, size, (ctypes.c_int * 15)(1, 1))
+        config = _Config(size, 1, 1, threads, 1, 1, shared_bytes, None, ctypes.pointer(cluster), 1)
+        most = ctypes.c_int()
+        result = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(most), self.pointer, ctypes.byref(config))
+        if result or most.value < 1:
+            raise RuntimeError(
+                f"{self.name}: the driver knows of no {size} blocks of {threads} threads with {shared_bytes} bytes of "
+                f"shared memory that the device could run (CUresult {result})"
+            )
+        return most.value
 
     def _allow(self, shared_bytes: int) -> None:
         with self._lock:

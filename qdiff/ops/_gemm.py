@@ -188,6 +188,7 @@ def _compute(known: Checked, tensors: _Tensors, problem: Problem, out: Tensor) -
         launch = _run(problem, out)
         if addresses(problem, out)[:-1] == addresses_of(tensors):
             ready = known.prepared[_forced] = _Ready(launch, tensors, out)
+            settled(tuple(part for part in tensors[1:3] if part is not None))
             offer(tensors, ready)
     return out
 

@@ -24,6 +24,8 @@ _MAX_RANK = 128
 _TILE = 64  # of pixels and of channels, where channels are turned from first to last
 _MAX_SPLIT = 8  # blocks of a cluster that any GPU with clusters takes
 _SHARED_BYTES = (64 * 1024, 96 * 1024)  # of a block, that GPUs without and with clusters have
+_LARGE_SHARED = {9: 228 * 1024, 10: 228 * 1024}  # of a multiprocessor, by the major capability
+_SYSTEM_SHARED = 1024  # of it, for every block
 # Slices of 32 values in K that a block of `quantize_per_token_down` has at most, where there are clusters, and a warp.
 _BLOCK_SLICES, _WARP_SLICES = 20, 2
 # Threads that keep a multiprocessor's memory pipes busy. Work for fewer is spread as thinly as it goes.
@@ -48,12 +50,17 @@ class _Plan(NamedTuple):
     grid: tuple[int, int, int]
     threads: int
     shared_bytes: int = 0
+    cluster: int = 0  # blocks of a cluster that does the work of several where not all of them fit the GPU
 
     def launcher(self, *pointers: bool, integers: bytes) -> _cupy.Launcher:
         """What starts the kernel, of whose pointers some are given at every launch, and the others are null."""
         layout = struct.Struct("".join("Q" if given else "8x" for given in pointers))
-        kernel = _cupy.kernel(self.source, self.defines)
-        return kernel.launcher(self.grid, self.threads, self.shared_bytes, layout, integers)
+        kernel, grid = _cupy.kernel(self.source, self.defines), self.grid
+        if self.cluster:
+            most, clusters = kernel.clusters(self.cluster, self.threads, self.shared_bytes), grid[0] // self.cluster
+            each = max(1, _ceil(clusters, most))
+            grid = (_ceil(clusters, each) * self.cluster, 1, 1)
+        return kernel.launcher(grid, self.threads, self.shared_bytes, layout, integers)
 
 
 class _TokenReady:
@@ -67,8 +74,8 @@ class _TokenReady:
         self._fused = down is not None and aligned and _fuses(x.device, x.dtype, k, down.shape[0])
         rank = 0
         if down is not None and self._fused:
-            rank, clusters = down.shape[0], _cupy.capability(x.device) >= (9, 0)
-            plan = _token_down_plan(dtype, rows, k, rank, clusters, multiprocessors)
+            rank = down.shape[0]
+            plan = _token_down_plan(dtype, rows, k, rank, _cupy.capability(x.device), multiprocessors)
             self._launch = plan.launcher(True, self._smoothed, *[True] * 4, integers=_TOKEN_DOWN.pack(rows, k, rank))
         else:
             plan = _token_plan(dtype, rows, k, aligned and k % 8 == 0, multiprocessors)
@@ -223,36 +230,75 @@ def _token_split(dtype: int, chunks: int, most: int) -> tuple[int, int]:
     return 512, _ceil(chunks, 512)
 
 
-def _token_down_plan(dtype: int, rows: int, k: int, rank: int, clusters: bool, multiprocessors: int) -> _Plan:
-    rank_tiles, slices = _ceil(rank, 8), k // 32
+def _token_down_plan(
+    dtype: int, rows: int, k: int, rank: int, capability: tuple[int, int], multiprocessors: int
+) -> _Plan:
+    kept = _token_down_kept_plan(dtype, rows, k, rank, _LARGE_SHARED.get(capability[0], 0), multiprocessors)
+    if kept is not None:
+        return kept
+    clusters, rank_tiles, slices = capability >= (9, 0), _ceil(rank, 8), k // 32
     # Two tiles of 16 rows halve what is read of `down`. Where there are few rows, or many sums, a block has one.
     few = 16 * multiprocessors // (_MAX_SPLIT if clusters else 1)
     row_tiles = 1 if rank_tiles > 8 or rows <= few else 2
-    groups, split = _ceil(rows, 16 * row_tiles), 1
-    # Blocks of a cluster share the K axis: few rows then keep all multiprocessors busy, and several blocks fit one.
-    while (
-        clusters
-        and split < min(_MAX_SPLIT, slices)
-        and (slices > _BLOCK_SLICES * split or 2 * groups * split <= multiprocessors)
-    ):
-        split *= 2
+    groups = _ceil(rows, 16 * row_tiles)
+    split = _token_down_split(groups, slices, _BLOCK_SLICES, multiprocessors) if clusters else 1
     widest = 16 if row_tiles * rank_tiles <= 8 else 8
     for batches in count(1):
         warps = min(_ceil(slices, split * batches * _WARP_SLICES), widest)
         of_warp = _ceil(slices, split * batches * warps)
-        shared_bytes = _token_down_bytes(row_tiles, rank_tiles, split, warps, of_warp)
+        shared_bytes = _token_down_bytes(row_tiles, rank_tiles, split, warps, of_warp, 0)
         if shared_bytes <= _SHARED_BYTES[clusters]:
             break
-    tiles = (("ROW_TILES", row_tiles), ("RANK_TILES", rank_tiles))
-    defines = (("TYPE", dtype), *tiles, ("SPLIT", split), ("WARPS", warps), ("SLICES", of_warp))
+    # 96 registers are enough for a thread with few sums.
+    resident = max(1, (640 if rank_tiles <= 4 else 384 if rank_tiles <= 8 else 256) // (32 * warps))
+    defines = _token_down_defines(dtype, row_tiles, rank_tiles, split, warps, of_warp, 0, resident)
     return _Plan("quantize_per_token_down", defines, (groups * split, 1, 1), 32 * warps, shared_bytes)
 
 
-def _token_down_bytes(row_tiles: int, rank_tiles: int, split: int, warps: int, slices: int) -> int:
+def _token_down_kept_plan(dtype: int, rows: int, k: int, rank: int, shared: int, multiprocessors: int) -> _Plan | None:
+    """With `down` in shared memory, of which a multiprocessor has so many bytes; None where it does not fit, or where
+    there is so little of it that several tiles a block do not pay.
+
+    Measured on an H200: few warps with many values each beat many with few, and two blocks a multiprocessor beat a
+    second buffer for x.
+    """
+    rank_tiles, slices, tiles = _ceil(rank, 8), k // 32, _ceil(rows, 16)
+    if slices <= 10:
+        return None
+    split = _token_down_split(tiles, slices, 40, multiprocessors)
+    of_warp = max(3 if slices <= 20 else 4, _ceil(slices, 12 * split))
+    warps = _ceil(slices, split * of_warp)
+    # A thread has its values and its sums in registers, and some 48 more.
+    most = _REGISTERS // (32 * warps * (48 + 16 * of_warp + 4 * rank_tiles))
+    shared_bytes = _token_down_bytes(1, rank_tiles, split, warps, of_warp, 1)
+    resident = min(2, most, shared // (shared_bytes + _SYSTEM_SHARED))
+    if resident < 1:
+        return None
+    defines = _token_down_defines(dtype, 1, rank_tiles, split, warps, of_warp, 1, resident)
+    return _Plan("quantize_per_token_down", defines, (tiles * split, 1, 1), 32 * warps, shared_bytes, split)
+
+
+def _token_down_split(groups: int, slices: int, most: int, multiprocessors: int) -> int:
+    """Blocks that share the K axis, so many slices of it each at the most: few groups of rows then keep all
+    multiprocessors busy, and several blocks fit one."""
+    split = 1
+    while split < min(_MAX_SPLIT, slices) and (slices > most * split or 2 * groups * split <= multiprocessors):
+        split *= 2
+    return split
+
+
+def _token_down_defines(dtype: int, *values: int) -> tuple[tuple[str, int | str], ...]:
+    names = ("TYPE", "ROW_TILES", "RANK_TILES", "SPLIT", "WARPS", "SLICES", "KEPT", "RESIDENT")
+    return tuple(zip(names, (dtype, *values)))
+
+
+def _token_down_bytes(row_tiles: int, rank_tiles: int, split: int, warps: int, slices: int, kept: int) -> int:
     """The size of the kernel's `Shared`."""
-    sums = row_tiles * rank_tiles
-    of_warp = slices * (1024 * row_tiles + 128) + 512 * max(slices * rank_tiles, sums) + 64 * row_tiles
-    return warps * of_warp + 512 * sums + 64 * row_tiles * split + 16
+    sums = 512 * row_tiles * rank_tiles
+    down = 512 * slices * rank_tiles
+    of_warp = slices * (1024 * row_tiles + 128) + (down + sums if kept else max(down, sums))
+    turns = 2 if kept and split > 1 else 1
+    return warps * (of_warp + 64 * row_tiles) + turns * (sums + 64 * row_tiles * split + 16)
 
 
 def _sample_plan(
@@ -309,12 +355,12 @@ def _variants() -> list[tuple[str, tuple[tuple[str, int | str], ...]]]:
             for fits in (False, True)
         ),
         *(
-            _token_down_plan(dtype, rows, k, rank, clusters, a100)
+            _token_down_plan(dtype, rows, k, rank, capability, a100)
             for dtype in (_TYPES[torch.float16], _TYPES[torch.bfloat16])
             for rows in (1, 4096)
-            for k in widths
-            for rank in (8, 16, 32, 64, _MAX_RANK)
-            for clusters in (False, True)
+            for k in (320, 640, 3072, 15360)
+            for rank in (8, 32, 64, _MAX_RANK)
+            for capability in ((8, 0), (9, 0), (12, 0))
         ),
         *(
             _sample_plan(dtype, 2, 4096, turned, aligned, (320,), a100)[0]

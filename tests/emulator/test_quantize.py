@@ -101,23 +101,9 @@ def test_per_token_of_strides_and_addresses_that_vectors_do_not_fit():
     assert_token_equal(x[0, 0], vector(65)[1:])
 
 
-@pytest.mark.parametrize("smoothed", [False, True])
-@pytest.mark.parametrize(
-    ("shape", "dtype", "rank"),
-    [
-        ((2, 24, 64), torch.float16, 32),
-        ((17, 1280), torch.bfloat16, 13),  # a cluster of four blocks
-        ((3, 1024), torch.float16, 32),  # with one tile of rows
-        ((70, 416), torch.float16, 40),  # a last block with fewer slices, and a last warp with none
-        ((5, 96), torch.float16, 128),
-        ((3, 40), torch.float16, 4),  # K that takes two launches
-        ((3, 24), torch.float32, 8),
-    ],
-    ids=str,
-)
-def test_per_token_with_a_low_rank_branch(dtype, smoothed, shape, rank):
-    x, smooth = rows(shape, dtype), vector(shape[-1]) if smoothed else None
-    down = torch.randn(rank, shape[-1], generator=torch.Generator().manual_seed(1))
+def assert_branch_equal(x, smooth, rank):
+    dtype = x.dtype
+    down = torch.randn(rank, x.shape[-1], generator=torch.Generator().manual_seed(1))
     codes, scale, low = _quantize_cuda.quantize_per_token(x, smooth, down)
     expected = quantize_per_token(x, smooth, down)
     assert torch.equal(codes, expected[0])
@@ -132,8 +118,34 @@ def test_per_token_with_a_low_rank_branch(dtype, smoothed, shape, rank):
     assert ((low.double() - exact).abs() <= slack)[finite].all()
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["no clusters", "clusters"])
-def test_per_token_with_a_low_rank_branch_of_rows_too_long_for_the_shared_memory(monkeypatch, capability):
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "rank"),
+    [
+        ((2, 24, 64), torch.float16, 32),  # a block with two tiles of rows, and one with the third
+        ((17, 1280), torch.bfloat16, 13),  # clusters of two blocks
+        ((3, 1024), torch.float16, 32),
+        ((70, 416), torch.float16, 40),  # a last block with fewer tiles, and a last warp with no slices
+        ((5, 96), torch.float16, 128),
+        ((3, 40), torch.float16, 4),  # K that takes two launches
+        ((3, 24), torch.float32, 8),
+    ],
+    ids=str,
+)
+def test_per_token_with_a_low_rank_branch(dtype, smoothed, shape, rank):
+    assert_branch_equal(rows(shape, dtype), vector(shape[-1]) if smoothed else None, rank)
+
+
+@pytest.mark.parametrize("k", [96, 256])  # of a cluster of four blocks: one of them with no slices; eight
+@pytest.mark.parametrize("count", [125, 41])  # of rows: four tiles each, the last one ragged; and two, and one
+def test_per_token_with_a_low_rank_branch_of_several_tiles_a_cluster(monkeypatch, k, count):
+    monkeypatch.setattr(_cupy, "multiprocessors", lambda device: 128)
+    assert_branch_equal(rows((count, k), torch.float16), vector(k), 24)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)], ids=["no clusters", "large", "small"])
+def test_per_token_with_a_low_rank_branch_of_long_rows(monkeypatch, capability):
+    """Shared memory holds `down`, or a part of it at a time."""
     monkeypatch.setattr(_cupy, "capability", lambda device: capability)
     x, smooth = rows((34, 6176), torch.float16), vector(6176)
     down = torch.randn(16, 6176, generator=torch.Generator().manual_seed(1)) / 80

@@ -1,4 +1,7 @@
-"""Every kernel waits for the one before it: they are launched before that has ended (cuda/include/dependent.cuh)."""
+"""Every kernel waits for the one before it: they are launched before that has ended (cuda/include/dependent.cuh).
+
+Those that may read weights before it has, do so only if they are told (`early`), and wait all the same for the rest.
+"""
 
 import re
 
@@ -7,6 +10,7 @@ import pytest
 from qdiff.ops._cuda_sources import cuda_source_dir
 
 WAIT = "wait_for_kernel_before();"
+UNLESS_EARLY = re.compile(r"if \(!(\w+)\.early\) " + re.escape(WAIT))
 KERNEL = re.compile(r"__global__[^{]*\(const __grid_constant__ Params (\w+)\)\s*\{")
 
 
@@ -18,7 +22,12 @@ def faults(source: str) -> list[str]:
         return ["a kernel with other parameters than `const __grid_constant__ Params`"]
     found = []
     for kernel in kernels:
-        before, wait, _ = source[kernel.end() :].partition(WAIT)
+        body = source[kernel.end() :]
+        unless = UNLESS_EARLY.search(body)
+        if unless and unless[1] == kernel[1] and UNLESS_EARLY.sub("", source).count(WAIT):
+            before, wait = body[: unless.start()], WAIT
+        else:
+            before, wait, _ = body.partition(WAIT)
         if not wait or before.count("{") != before.count("}"):
             found.append("a kernel that does not wait, or not always")
         elif re.search(rf"\b({kernel[1]}|return)\b", before):
@@ -41,10 +50,14 @@ def test_kernels_wait_first(path):
         "{ if (threadIdx.x) { wait_for_kernel_before(); } use(p); }",
         "{ // wait_for_kernel_before();\n use(p); }",
         "{ if (blockIdx.x) return; wait_for_kernel_before(); use(p); }",
+        "{ if (!p.early) wait_for_kernel_before(); use(p); }",
+        "{ if (!p.late) wait_for_kernel_before(); use(p); wait_for_kernel_before(); }",
+        "{ use(p); if (!p.early) wait_for_kernel_before(); wait_for_kernel_before(); }",
     ],
 )
 def test_races_are_seen(body):
     start = 'extern "C" __global__ void __launch_bounds__(32, 1) name(const __grid_constant__ Params p) '
     assert faults(start + body)
     assert not faults(start + "{ int a = 0; wait_for_kernel_before(); use(p); }")
+    assert not faults(start + "{ if (!p.early) wait_for_kernel_before(); weights(p); wait_for_kernel_before(); use(p); }")
     assert faults("__global__ void name(int a) { wait_for_kernel_before(); }")

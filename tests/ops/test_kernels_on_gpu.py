@@ -396,6 +396,7 @@ def rows_of_every_size(shape, dtype):
         (300, 15360),
         (9, 5120),
         (2000, 640),
+        (2500, 5120),  # with a branch, several tiles of rows a cluster
         (0, 64),
     ],
     ids=str,
@@ -601,8 +602,15 @@ def test_results_are_the_same_every_time(path):
         assert torch.equal(run("conv2d", "int4", image, DEVICE), first[1])
 
 
-@pytest.mark.parametrize("few", [False, True], ids=["linear", "few rows"])
-def test_weights_that_the_kernel_before_has_written(path, few):
+def test_weights_of_a_linear_layer_that_the_kernel_before_has_written(path):
+    check_weights_just_written(few=False)
+
+
+def test_weights_of_few_rows_that_the_kernel_before_has_written():
+    check_weights_just_written(few=True)
+
+
+def check_weights_just_written(few):
     """Kernels read weights before the one before them has ended, but not what it may be writing."""
     n, k = 1280, 1280
     rest = dict.fromkeys(("codebook", "bias", "x_low", "up", "residual")) | {"group_size": BLOCK}
