@@ -65,8 +65,9 @@ def fits(tile: Tile, problem: Problem) -> bool:
 def guess(problem: Problem) -> Tile:
     """The tile whose blocks, in waves over the multiprocessors, are done first by a rule of thumb.
 
-    A stage of 128 of K takes as long as its products (four cycles a token), but no less than what its copies and the
-    unpacking take; a tile costs 1,500 more and some for every token; a cluster's exchange 3,000.
+    A stage of 128 of K takes as long as its products (two cycles a token and warpgroup), but no less than the
+    instructions that unpack weights; a tile costs 700 more and some for every token; a cluster's exchange 3,000.
+    Cycles, as clocks in the kernel counted them on an H200 (cuda/README.md).
     """
     p = problem
     stages = _stages(p.segments, p.kernel)
@@ -76,10 +77,10 @@ def guess(problem: Problem) -> Tile:
         w, h, n = _box(tile, p.B, p.OH, p.OW, p.stride)
         tiles = -(-p.OW // w) * -(-p.OH // h) * -(-p.B // n) * -(-p.N // tile.features)
         waves = -(-tiles * tile.split // multiprocessors)
-        stage = max(540 + 2.6 * tile.tokens, 4 * tile.tokens)
+        stage = tile.groups * max(260 + 0.6 * tile.tokens, 2 * tile.tokens)
         longest = max(-(-count // part) for count, part in zip(stages, parts_of(stages, tile.split), strict=True))
         count = sum(stages) if tile.split == 1 else longest
-        return waves * (count * stage + 1500 + 8 * tile.tokens + 3000 * (tile.split > 1))
+        return waves * (count * stage + 700 + (3 + 3 * tile.groups) * tile.tokens + 3000 * (tile.split > 1))
 
     return min((tile for tile in TILES if fits(tile, problem)), key=cycles)
 
