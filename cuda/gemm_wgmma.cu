@@ -34,7 +34,8 @@ constexpr int kConsumers = 128 * WARPGROUPS;  // threads
 constexpr int kRegisters = 65536 / (kConsumers + 128) / 8 * 8;
 constexpr int kProducerRegisters = SPLIT > 1 ? 56 : 40;
 constexpr int kConsumerRegisters = (kRegisters * (WARPGROUPS + 1) - kProducerRegisters) / WARPGROUPS / 8 * 8;
-constexpr int kChunk = TOKENS < 32 || EXTRAS || (RANK && (ELEMENTS || WARPGROUPS > 2)) || SPLIT > 1 ? 16 : 32;  // tokens of a step of the epilogue
+// Tokens of a step of the epilogue.
+constexpr int kChunk = TOKENS < 32 || EXTRAS || (RANK && (ELEMENTS || WARPGROUPS > 2)) || SPLIT > 1 ? 16 : 32;
 constexpr int kStored = SPLIT > 1 ? kChunk : TOKENS > 192 ? 64 : TOKENS;  // tokens that the copy engine stores at once
 constexpr int kStores = kStored < TOKENS && SPLIT == 1 ? 2 : 1;  // buffers for them
 constexpr int kStoreBytes = ELEMENTS ? 0 : kStores * kStored * 128;  // of a warpgroup's
@@ -206,7 +207,8 @@ __device__ __forceinline__ void produce(const Params& p, unsigned stages, unsign
     // Where weights do not come from the kernel before, those of the first stages are on their way while it ends.
     auto load_weights = [&](const Ring& to, const Walk& walk, int feature) {
         barrier_expect(full + 8 * to.stage, kStageBytes);
-        tma_load_2d(stages + to.stage * kStageBytes, &p.weight, full + 8 * to.stage, walk.block * (WEIGHT == 8 ? 32 : 16), feature);
+        tma_load_2d(stages + to.stage * kStageBytes, &p.weight, full + 8 * to.stage, walk.block * (WEIGHT == 8 ? 32 : 16),
+                    feature);
     };
     Position position(p);
     int early = 0;
@@ -358,7 +360,8 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
     // Results on their way to the copy engine: rows of 64 features, whose pieces of 16 bytes are swapped.
     const unsigned store = stages + STAGES * kStageBytes + group * kStoreBytes;
     const unsigned my_store = (lane / 16 * 8 + lane % 8) * 128 + ((2 * (warp % 4) + lane / 8 % 2) ^ lane % 8) * 16;
-    float4* const partial = p.partial + static_cast<long long>(WARPGROUPS * blockIdx.x + group) * (kAccumulators / 4) * 128 + threadIdx.x % 128;
+    float4* const partial =
+        p.partial + static_cast<long long>(WARPGROUPS * blockIdx.x + group) * (kAccumulators / 4) * 128 + threadIdx.x % 128;
     // Integers on their way to the cluster's other blocks: of four accumulators after the other, 16 bytes a thread.
     const unsigned exchanged = threadIdx.x * 16;
     constexpr unsigned kStep = kConsumers * 16;
@@ -548,7 +551,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
 #pragma unroll
                     for (int j = 0; j < kAccumulators; ++j) acc[j] = 0;
             }
-            named_barrier(1 + WARPGROUPS, kConsumers);  // the other warpgroups, too, have read what it needs of the pipeline's buffers
+            named_barrier(1 + WARPGROUPS, kConsumers);  // all have read what they need of the pipeline's buffers
             if (RANK && threadIdx.x == 0) {
                 const unsigned at = stages + kExchanged, bar = stages + kLowBarrier;
                 barrier_expect(bar, RANK * kLowBytes);
@@ -721,7 +724,8 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                     if (threadIdx.x % 128 == 0) {
                         int b = here.image, h = here.row, w = here.column;
                         if (kStored < TOKENS) here.pixel(p, (chunk + 1) * kChunk - kStored, b, h, w);
-                        tma_store_4d(&p.out, store + chunk * kChunk / kStored % kStores * kStored * 128, 2 * first_feature, w, h, b);
+                        const unsigned buffer = chunk * kChunk / kStored % kStores;
+                        tma_store_4d(&p.out, store + buffer * kStored * 128, 2 * first_feature, w, h, b);
                     }
                 }
             }
@@ -761,7 +765,8 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         give_registers<kProducerRegisters>();
         const int producer = warp - 4 * WARPGROUPS;
         if (threadIdx.x == kConsumers) produce(p, stages, full, empty);
-        if (WEIGHT == 4 && producer > 0 && producer <= WARPGROUPS) produce_multipliers(p, stages + kMultipliers, full, empty);
+        if (WEIGHT == 4 && producer > 0 && producer <= WARPGROUPS)
+            produce_multipliers(p, stages + kMultipliers, full, empty);
         if (SPLIT > 1) {
             __syncwarp();
             cluster_sync();
