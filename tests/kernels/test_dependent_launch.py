@@ -59,5 +59,7 @@ def test_races_are_seen(body):
     start = 'extern "C" __global__ void __launch_bounds__(32, 1) name(const __grid_constant__ Params p) '
     assert faults(start + body)
     assert not faults(start + "{ int a = 0; wait_for_kernel_before(); use(p); }")
-    assert not faults(start + "{ if (!p.early) wait_for_kernel_before(); weights(p); wait_for_kernel_before(); use(p); }")
+    assert not faults(
+        start + "{ if (!p.early) wait_for_kernel_before(); weights(p); wait_for_kernel_before(); use(p); }"
+    )
     assert faults("__global__ void name(int a) { wait_for_kernel_before(); }")
