@@ -2,9 +2,9 @@
 
     python scripts/bench_step.py
 
-Random weights in the shapes of the real model (scripts/quantize_sdxl.py), two latents of 128 x 128 as guidance wants them,
-the default recipe with as little calibration as there can be: times do not depend on the values. Each denoiser runs as
-Python calls it and as a CUDA graph, channels last, the median of 20 calls after 3.
+Random weights in the shapes of the real model (scripts/quantize_sdxl.py), two latents of 128 x 128 as guidance wants
+them, the default recipe with as little calibration as there can be: times do not depend on the values. Each denoiser
+runs as Python calls it and as a CUDA graph, channels last, the median of 20 calls after 3.
 """
 
 from __future__ import annotations
