@@ -750,7 +750,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     const unsigned full = stages + kBarriers, empty = full + 8 * STAGES;
     const int warp = threadIdx.x / 32;
 
-    if (!p.early) wait_for_kernel_before();
+    wait_for_kernel_before_unless(p.early);
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(full + 8 * i, WEIGHT == 4 ? 1 + WARPGROUPS : 1);  // the arrivals of the producers

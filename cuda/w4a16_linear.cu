@@ -262,7 +262,7 @@ __device__ __forceinline__ float low_rank(const Params& p, int row, int feature)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) w4a16_linear(const __grid_constant__ Params p) {
-    if (!p.early) wait_for_kernel_before();
+    wait_for_kernel_before_unless(p.early);
     DYNAMIC_SHARED(shared);
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
     const int steps = (p.k + 127) / 128, stride = row_stride(steps), side_row = side_bytes(p);

@@ -10,6 +10,13 @@ __device__ __forceinline__ void wait_for_kernel_before() {
 #endif
 }
 
+// A predicate and not a branch, which takes registers of w4a16_linear.
+__device__ __forceinline__ void wait_for_kernel_before_unless(unsigned long long early) {
+#if !defined(QDIFF_EMULATE) && __CUDA_ARCH__ >= 900
+    asm volatile("{\n.reg .pred early;\nsetp.ne.u64 early, %0, 0;\n@!early griddepcontrol.wait;\n}\n" ::"l"(early) : "memory");
+#endif
+}
+
 __device__ __forceinline__ void let_next_kernel_in() {
 #if !defined(QDIFF_EMULATE) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

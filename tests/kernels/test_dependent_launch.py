@@ -10,7 +10,7 @@ import pytest
 from qdiff.ops._cuda_sources import cuda_source_dir
 
 WAIT = "wait_for_kernel_before();"
-UNLESS_EARLY = re.compile(r"if \(!(\w+)\.early\) " + re.escape(WAIT))
+UNLESS_EARLY = re.compile(r"wait_for_kernel_before_unless\((\w+)\.early\);")
 KERNEL = re.compile(r"__global__[^{]*\(const __grid_constant__ Params (\w+)\)\s*\{")
 
 
@@ -50,9 +50,9 @@ def test_kernels_wait_first(path):
         "{ if (threadIdx.x) { wait_for_kernel_before(); } use(p); }",
         "{ // wait_for_kernel_before();\n use(p); }",
         "{ if (blockIdx.x) return; wait_for_kernel_before(); use(p); }",
-        "{ if (!p.early) wait_for_kernel_before(); use(p); }",
-        "{ if (!p.late) wait_for_kernel_before(); use(p); wait_for_kernel_before(); }",
-        "{ use(p); if (!p.early) wait_for_kernel_before(); wait_for_kernel_before(); }",
+        "{ wait_for_kernel_before_unless(p.early); use(p); }",
+        "{ wait_for_kernel_before_unless(p.late); use(p); wait_for_kernel_before(); }",
+        "{ use(p); wait_for_kernel_before_unless(p.early); wait_for_kernel_before(); }",
     ],
 )
 def test_races_are_seen(body):
@@ -60,6 +60,6 @@ def test_races_are_seen(body):
     assert faults(start + body)
     assert not faults(start + "{ int a = 0; wait_for_kernel_before(); use(p); }")
     assert not faults(
-        start + "{ if (!p.early) wait_for_kernel_before(); weights(p); wait_for_kernel_before(); use(p); }"
+        start + "{ wait_for_kernel_before_unless(p.early); weights(p); wait_for_kernel_before(); use(p); }"
     )
     assert faults("__global__ void name(int a) { wait_for_kernel_before(); }")
