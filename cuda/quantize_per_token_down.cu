@@ -28,8 +28,8 @@
 //
 // sm_75 and later; bfloat16 from sm_80; SPLIT > 1 from sm_90, before which it is taken for 1.
 //
-// Macros: TYPE (float16 or bfloat16), ROW_TILES (1, 2; 1 where KEPT), RANK_TILES (ceil(rank / 8)), SPLIT (1, 2,
-// 4, 8), WARPS, SLICES, KEPT (`down`, from one tile to the next), RESIDENT (blocks of a multiprocessor, as far as registers go).
+// Macros: TYPE (float16 or bfloat16), ROW_TILES (1, 2; 1 where KEPT), RANK_TILES (ceil(rank / 8)), SPLIT (1, 2, 4, 8),
+// WARPS, SLICES, KEPT (`down`, from one tile to the next), RESIDENT (blocks of a multiprocessor, as far as registers go).
 #include "chunk.cuh"
 #include "dependent.cuh"
 #include "half_pairs.cuh"
@@ -378,9 +378,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll
         for (int i = 0; i < SLICES; ++i) shared.of_warp[me.warp].smooth[i][me.lane] = 1.0f;
     }
-    if constexpr (KEPT) {
-        load_batch<ALL>(shared, p, first, 0, me);
-    }
+    if constexpr (KEPT) load_batch<ALL>(shared, p, first, 0, me);
     for (int turn = 0, tile = first; tile * ROWS < p.rows; ++turn, tile += step) {
         unsigned absmax[OCTETS] = {};
         float sum[ROW_TILES][RANK_TILES][4] = {}, value[SLICES][OCTETS][8];

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from qdiff.numerics.gemm_layout import widen_segments
 from qdiff.ops import _cupy, _gemm_mma, _gemm_wgmma, _tiles
-from qdiff.ops._problem import Launch, Problem, addresses, addresses_of, allocator, dense
-from qdiff.ops._settled import settled
+from qdiff.ops._problem import Launch, Problem, addresses, addresses_of, allocator, dense, is_pointwise
+from qdiff.ops._settled import note_read, settled
 from qdiff.ops._shortcut import offer
 from qdiff.ops.backend import KERNEL_BLOCK
 from qdiff.ops.checks import Checked
@@ -135,17 +135,16 @@ def conv2d(
     columns = (width + 2 * padding[1] - kernel[1]) // stride[1] + 1
     shape = (batch, n, rows, columns)
     out = torch.empty(shape, dtype=out_dtype, device=x_codes.device, memory_format=torch.channels_last)
-    sizes = batch, height, width, rows, columns
-    if [*kernel, *stride, *padding, len(widths)] == [1, 1, 1, 1, 0, 0, 1] and shift is None:  # a linear layer
-        sizes = 1, 1, batch * height * width, 1, batch * rows * columns
+    if is_pointwise(kernel, stride, padding, widths) and shift is None:  # one row of all pixels
+        batch, height, width, rows, columns = 1, 1, batch * height * width, 1, batch * rows * columns
     problem = Problem(
         x=dense(nhwc),
-        B=sizes[0],
-        H=sizes[1],
-        W=sizes[2],
+        B=batch,
+        H=height,
+        W=width,
         C=sum(widths),
-        OH=sizes[3],
-        OW=sizes[4],
+        OH=rows,
+        OW=columns,
         N=n,
         kernel=(kernel[0], kernel[1]),
         stride=(stride[0], stride[1]),
@@ -188,7 +187,7 @@ def _compute(known: Checked, tensors: _Tensors, problem: Problem, out: Tensor) -
         launch = _run(problem, out)
         if addresses(problem, out)[:-1] == addresses_of(tensors):
             ready = known.prepared[_forced] = _Ready(launch, tensors, out)
-            settled(tuple(part for part in tensors[1:3] if part is not None))
+            note_read(part for part in tensors[1:3] if part is not None)
             offer(tensors, ready)
     return out
 

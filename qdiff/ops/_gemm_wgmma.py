@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qdiff.ops import _cupy
-from qdiff.ops._problem import MAX_SEGMENTS, Launch, Problem
+from qdiff.ops._problem import MAX_SEGMENTS, Launch, Problem, is_pointwise
 
 _SHARED_LIMIT = 232448  # bytes a block may have on Hopper
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3}
@@ -191,7 +191,7 @@ def _plan(
     tiles_w, tiles_h, tiles_b = (-(-size // part) for size, part in zip((width, height, images), box))
     feature_tiles = -(-features // tile.features)
     tiles = tiles_w * tiles_h * tiles_b * feature_tiles
-    linear = images == 1 and height == 1 and kernel == stride == (1, 1) and len(segments) == 1 and padding == (0, 0)
+    linear = images == 1 and height == 1 and is_pointwise(kernel, stride, padding, segments)
     items = width if linear else images
     out, bias, shift, low = dtypes
     none = [0] * (MAX_SEGMENTS - len(segments))

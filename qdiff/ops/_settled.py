@@ -6,6 +6,7 @@ is there; what was written earlier is. A weight that an earlier call has waited 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from weakref import ref
 
@@ -21,7 +22,7 @@ def settled(weights: tuple[Tensor, ...]) -> bool:
     for weight in weights:
         known = _read.get(id(weight))
         if known is None or known[0]() is not weight or known[1:] != (weight._version, weight.data_ptr()):
-            _note(weights)
+            note_read(weights)
             return False
     return True
 
@@ -31,7 +32,8 @@ def forget() -> None:
     _read.clear()
 
 
-def _note(weights: tuple[Tensor, ...]) -> None:
+def note_read(weights: Iterable[Tensor]) -> None:
+    """Say that a call has waited for them as they are now."""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return  # nothing is read before the graph runs
     for weight in weights:
