@@ -21,10 +21,9 @@
 // multiples of 8, and with TRANSPOSE pixels that are none or channels that are none of 16.
 //
 // Macros: TYPE (dtype.cuh), TRANSPOSE, VALUES (8 or 1). A block has up to 256 threads; 128 with TRANSPOSE.
-#include "chunk.cuh"
 #include "dependent.cuh"
+#include "sample_factors.cuh"
 
-constexpr int MAX_SEGMENTS = 8;
 constexpr int UNROLL = 4;  // loads of a thread that are under way at once
 
 struct Params {
@@ -42,31 +41,6 @@ struct Params {
     int run;                 // pixels of a block
     int runs;                // of a sample
 };
-
-// Of COUNT neighbouring channels of one segment; `row` is the sample's of `scale`.
-template <int COUNT>
-__device__ __forceinline__ void load_channel_factors(float (&factor)[COUNT], const Params& p, int row, int channel) {
-    int segment = channel;
-    if (p.segments != p.channels) {
-        segment = 0;
-#pragma unroll
-        for (int i = 0; i < MAX_SEGMENTS - 1; ++i) segment += channel >= p.ends[i];
-    }
-    const float scale = __ldg(p.scale + row * p.segments + segment);
-    if constexpr (COUNT == 1) {
-        factor[0] = p.smooth == nullptr ? 1.0f : __ldg(p.smooth + channel);
-    } else {
-        load_factors(factor, p.smooth, channel, true);
-    }
-    const float step = scale < 1e-30f ? 1e-30f : scale;
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) factor[i] = __fdiv_rn(factor[i], step);
-}
-
-// The low byte is the code.
-__device__ __forceinline__ unsigned clamped_code(float v, float factor) {
-    return code_of(fminf(fmaxf(__fmul_rn(v, factor), -127.0f), 127.0f));
-}
 
 #if !TRANSPOSE
 

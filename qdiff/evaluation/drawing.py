@@ -44,7 +44,11 @@ def draw_and_measure(
             bar.update(len(batch))
         if not absent:
             return
-        assert isinstance(source, PipelineSource), "a folder's pictures are there"
+        if not isinstance(source, PipelineSource):
+            raise ValueError(
+                f"{absent[0][0].path}: expected a picture, as there was when this run began; put it back or leave its "
+                f"prompt out"
+            )
         pipe = source.load(device)
         for batch in _batches(absent, generation.batch_size):
             drawn = draw(pipe, [entry.item for entry, _ in batch], generation)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from qdiff.layers.quantized_weights import NO_SIZES, LayerSizes, QuantizedWeights
 from qdiff.layers.weight_buffers import WeightBuffers
 from qdiff.numerics.gemm_layout import from_gemm
-from qdiff.ops import quantize_per_sample, w4a8_conv2d, w4a16_conv2d, w8a8_conv2d
+from qdiff.numerics.ranges import LEVELS
+from qdiff.ops import quantize_group_norm, quantize_per_sample, w4a8_conv2d, w4a16_conv2d, w8a8_conv2d
 
 if TYPE_CHECKING:
     from qdiff.recipe import LayerPlan
@@ -61,17 +62,58 @@ class QuantConv2d(WeightBuffers, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3:  # nn.Conv2d takes one image without a batch
             return self.forward(x[None])[0]
-        own, geometry = self._buffers, (self.kernel_size, self.stride, self.padding, self.segments)
-        packed = (own["codes"], own["multipliers"], own["codebook"], own["scale"], self.storage_block)
         inputs, smooth = self._transformed(x, 1)
         if self.plan.range_mode == "none":
-            return w4a16_conv2d(inputs.to(x.dtype), smooth, *packed, own["bias"], *geometry)
+            weights, geometry = self._weights_and_geometry()
+            return w4a16_conv2d(inputs.to(x.dtype), smooth, *weights, self._buffers["bias"], *geometry)
         scale = self._input_scales(x.shape[0])
         codes = quantize_per_sample(inputs, scale, smooth, self.segments, 1, self._levels)
-        added = (own["bias"], None, None)
+        return self._product(codes, scale, x.dtype)
+
+    @property
+    def takes_normalized(self) -> bool:
+        """Whether there is `forward_normalized`: of 8-bit activations that are only smoothed before."""
+        return self._only_smooths and self._levels == LEVELS and self.plan.range_mode != "none"
+
+    def forward_normalized(
+        self, x: Tensor, norm: nn.GroupNorm, *, shift: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """self(silu(norm(x))) + shift + residual, without a pass for each and with one rounding at the end.
+
+        There is no gradient.
+
+        Args:
+            x: [B, C, H, W] of the norm's dtype.
+            norm: its forward is not called.
+            shift: float [B, N], added to every pixel, or None.
+            residual: of x's dtype and the result's shape, or None.
+        """
+        scale = self._input_scales(x.shape[0])
+        # Detached, for calls with a parameter take a longer way.
+        affine = [None if vector is None else vector.detach() for vector in (norm.weight, norm.bias)]
+        smooth = self._buffers["smooth"]
+        codes = quantize_group_norm(x, norm.num_groups, *affine, norm.eps, True, scale, smooth, self.segments)
+        return self._product(codes, scale, x.dtype, shift, residual)
+
+    def _product(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        dtype: torch.dtype,
+        shift: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        weights, geometry = self._weights_and_geometry()
+        rest = (self._buffers["bias"], shift, residual, *geometry, dtype)
         if self.plan.stored_bits == 8:
-            return w8a8_conv2d(codes, scale, own["codes"], own["scale"], *added, *geometry, x.dtype)
-        return w4a8_conv2d(codes, scale, *packed, *added, *geometry, x.dtype)
+            return w8a8_conv2d(codes, scale, self._buffers["codes"], self._buffers["scale"], *rest)
+        return w4a8_conv2d(codes, scale, *weights, *rest)
+
+    def _weights_and_geometry(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The operators' arguments."""
+        own = self._buffers
+        weights = (own["codes"], own["multipliers"], own["codebook"], own["scale"], self.storage_block)
+        return weights, (self.kernel_size, self.stride, self.padding, self.segments)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

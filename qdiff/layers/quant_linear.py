@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,17 @@ from torch import Tensor, nn
 from qdiff.layers.quantized_weights import NO_SIZES, LayerSizes, QuantizedWeights
 from qdiff.layers.weight_buffers import WeightBuffers
 from qdiff.numerics.first_token import same_token
-from qdiff.ops import low_rank_down, quantize_per_sample, quantize_per_token, w4a8_linear, w4a16_linear, w8a8_linear
+from qdiff.numerics.ranges import LEVELS
+from qdiff.ops import (
+    dynamic_linear,
+    low_rank_down,
+    quantize_per_sample,
+    quantize_per_token,
+    w4a8_linear,
+    w4a16_linear,
+    w8a8_linear,
+)
+from qdiff.ops.activation import activate
 
 if TYPE_CHECKING:
     from qdiff.recipe import LayerPlan
@@ -26,6 +37,10 @@ class QuantLinear(WeightBuffers, nn.Linear):
     where R = W / smooth - up @ down (SVDQuant, arXiv 2411.05007).
 
     The output has the input's dtype. Its buffers are listed in `WeightBuffers`.
+
+    Attributes:
+        takes_quantized: whether there is `forward_quantized`: activations have 8 bits and a scale a token, and nothing
+            is done to them before.
     """
 
     def __init__(self, layer: nn.Linear, plan: LayerPlan, sizes: LayerSizes) -> None:
@@ -36,6 +51,13 @@ class QuantLinear(WeightBuffers, nn.Linear):
                 f"{plan.name}: segments {plan.segments}, expected one of {layer.in_features} for a linear layer"
             )
         self._register(layer.out_features, 1, plan, layer, sizes)
+        # What follows from the plan, found once: where layers are small, the host's time is what a call takes.
+        self._four_bit = plan.stored_bits == 4
+        self._dynamic = plan.range_mode == "dynamic"
+        self._quantizes_tokens = self._dynamic and self._levels == LEVELS and self._only_smooths
+        self.takes_quantized = self._quantizes_tokens and not (sizes.has_smooth or sizes.rank or sizes.has_first_token)
+        few = FEW_ROWS * layer.in_features if self._dynamic and self._four_bit else -1
+        self._most_float = sys.maxsize if plan.range_mode == "none" else few  # values of an input that stays float
 
     @classmethod
     def empty(cls, layer: nn.Linear, plan: LayerPlan, sizes: LayerSizes = NO_SIZES) -> QuantLinear:
@@ -66,28 +88,64 @@ class QuantLinear(WeightBuffers, nn.Linear):
             y[:, 0] = torch.where(known, product.to(y.dtype), y[:, 0])
         return y
 
+    def forward_activated(self, x: Tensor, activation: str, residual: Tensor | None = None) -> Tensor:
+        """self(activate(x, activation)) + residual, where it can be without a pass for each and with one rounding.
+
+        There is no gradient.
+
+        Args:
+            x: [..., K], or [..., 2 K] for "geglu".
+            activation: one of `qdiff.ops.activation.ACTIVATIONS`.
+            residual: of x's dtype [..., N], or None.
+        """
+        own, width = self._buffers, 2 if activation == "geglu" else 1
+        few = x.numel() <= width * self._most_float
+        if few or not self._quantizes_tokens or own["first_input"] is not None:
+            y = self(activate(x, activation))
+            return y if residual is None else y + residual
+        weights = own["codes"], own["multipliers"], own["codebook"], own["scale"], self.storage_block
+        added = own["bias"], own["up"], x.dtype, activation, residual
+        return dynamic_linear(x, own["smooth"], own["down"], *weights, *added)
+
+    def forward_quantized(
+        self, codes: Tensor, scale: Tensor, dtype: torch.dtype, residual: Tensor | None = None
+    ) -> Tensor:
+        """self of the input that these codes stand for, plus residual; only with `takes_quantized`.
+
+        Args:
+            codes, scale: what `quantize_per_token` makes: int8 [..., K], float32 [...].
+            dtype: of the result.
+            residual: of this dtype [..., N], or None.
+        """
+        own = self._buffers
+        added = own["bias"], None, None, residual, dtype
+        if not self._four_bit:
+            return w8a8_linear(codes, scale, own["codes"], own["scale"], *added)
+        weights = own["codes"], own["multipliers"], own["codebook"], own["scale"], self.storage_block
+        return w4a8_linear(codes, scale, *weights, *added)
+
     def _product(self, x: Tensor) -> Tensor:
-        own, mode, dtype = self._buffers, self.plan.range_mode, x.dtype
-        weights, bias, up = (own["codes"], own["multipliers"], own["codebook"], own["scale"]), own["bias"], own["up"]
-        four_bit = self.plan.stored_bits == 4
-        if mode == "none" or (mode == "dynamic" and four_bit and x.numel() <= FEW_ROWS * x.shape[-1]):
+        own, dtype, block = self._buffers, x.dtype, self.storage_block
+        weights = own["codes"], own["multipliers"], own["codebook"], own["scale"]
+        if x.numel() <= self._most_float:
             inputs, smooth = self._transformed(x, -1)
             inputs = inputs if inputs.dtype == dtype else inputs.to(dtype)
-            return w4a16_linear(inputs, smooth, *weights, self.storage_block, bias, own["down"], up)
+            return w4a16_linear(inputs, smooth, *weights, block, own["bias"], own["down"], own["up"])
+        if self._dynamic and self._levels == LEVELS:
+            inputs, smooth = self._transformed(x, -1)
+            return dynamic_linear(inputs, smooth, own["down"], *weights, block, own["bias"], own["up"], dtype)
         codes, scale, low = self._quantize(x)
-        if four_bit:
-            return w4a8_linear(codes, scale, *weights, self.storage_block, bias, low, up, None, dtype)
-        return w8a8_linear(codes, scale, own["codes"], own["scale"], bias, low, up, None, dtype)
+        if self._four_bit:
+            return w4a8_linear(codes, scale, *weights, block, own["bias"], low, own["up"], None, dtype)
+        return w8a8_linear(codes, scale, own["codes"], own["scale"], own["bias"], low, own["up"], None, dtype)
 
     def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The codes, their scales, and what the branch reads if there is one."""
         dtype, down = x.dtype, self._buffers["down"]
         x, smooth = self._transformed(x, -1)
-        if self.plan.range_mode == "dynamic":
+        if self._dynamic:
             codes, scale, low = quantize_per_token(x, smooth, down, self._levels)
-            if down is None:
-                return codes, scale, None
-            return codes, scale, low if low.dtype == dtype else low.to(dtype)
+            return codes, scale, None if down is None else low.to(dtype)
         branch = None if down is None else low_rank_down(x.to(dtype), smooth, down)
         batched = x if x.dim() > 1 else x[None]
         scale = self._input_scales(batched.shape[0])

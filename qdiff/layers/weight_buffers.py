@@ -74,6 +74,7 @@ class WeightBuffers(nn.Module):
         self.storage_block = storage_block(plan.group_size)
         self.segments = (sizes.split_channels,) if sizes.split_channels else plan.segments
         self._levels = plan.activation_levels
+        self._only_smooths = not (sizes.has_shift or sizes.split_channels or sizes.rotation)
 
         def register(name: str, shape: tuple[int, ...] | None, dtype: torch.dtype) -> None:
             self.register_buffer(name, None if shape is None else torch.empty(shape, dtype=dtype, device=device))
@@ -122,10 +123,9 @@ class WeightBuffers(nn.Module):
     def _transformed(self, x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor | None]:
         """What the quantizer takes: an input, and the smoothing vector that is yet to be applied to it."""
         own = self._buffers  # a module's attributes take ten times as long to find
-        shift, index, smooth, rotation = own["shift"], own["index"], own["smooth"], own["rotation"]
-        if shift is None and index is None and rotation is None:
-            return x, smooth
-        return transform_input(x, shift, index, smooth, rotation, channel_dim), None
+        if self._only_smooths:
+            return x, own["smooth"]
+        return transform_input(x, own["shift"], own["index"], own["smooth"], own["rotation"], channel_dim), None
 
     def _float_matrix(self, taps: int) -> Tensor:
         """The float32 weight [N, K] of the raw input, in GEMM layout."""

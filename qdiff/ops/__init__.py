@@ -4,9 +4,12 @@ On a CUDA device the kernels of `cuda/` run where they can; `set_backend` choose
 """
 
 from qdiff.ops.backend import set_backend, use_backend
+from qdiff.ops.dynamic_linear import dynamic_linear
 from qdiff.ops.gptq_descent import gptq_descent
 from qdiff.ops.gptq_feedback import gptq_feedback
 from qdiff.ops.low_rank_down import low_rank_down
+from qdiff.ops.quantize_group_norm import quantize_group_norm
+from qdiff.ops.quantize_layer_norm import quantize_layer_norm
 from qdiff.ops.quantize_per_sample import quantize_per_sample
 from qdiff.ops.quantize_per_token import quantize_per_token
 from qdiff.ops.transform_input import transform_input
@@ -18,9 +21,12 @@ from qdiff.ops.w8a8_conv2d import w8a8_conv2d
 from qdiff.ops.w8a8_linear import w8a8_linear
 
 __all__ = [
+    "dynamic_linear",
     "gptq_descent",
     "gptq_feedback",
     "low_rank_down",
+    "quantize_group_norm",
+    "quantize_layer_norm",
     "quantize_per_sample",
     "quantize_per_token",
     "set_backend",

@@ -21,29 +21,29 @@ from qdiff.ops.checks import Checked
 _Tensors = tuple[Tensor | None, ...]  # in the order of `addresses`, without the result
 
 
-class _Ready:
-    """What an earlier call made, for those of its kind whose tensors need no copy."""
+class Ready:
+    """What an earlier call made, for those of its kind whose tensors need no copy. launch: with which it computes."""
 
     def __init__(self, launch: Launch, tensors: _Tensors, out: Tensor) -> None:
         given = [place for place, tensor in enumerate(tensors) if tensor is not None]
         # 12 addresses of those that are given, of the result, and of none.
         self._places = itemgetter(*(given.index(i) if i in given else -1 for i in range(len(tensors))), -2)
         self._weights = slice(1, 2 + (tensors[2] is not None))  # codes and multipliers
-        self._launch, self._empty, self._forced = launch, allocator(out.device), _forced
+        self.launch, self._empty, self._forced = launch, allocator(out.device), forced
         self._like = tuple(out.shape), out.stride(), out.dtype
 
     def __call__(self, given: Sequence[Tensor]) -> Tensor | None:
         """The result for the tensors that are not None, or None where they need copies."""
         places = [tensor.data_ptr() for tensor in given]
-        if reduce(or_, places) % 16 or self._forced != _forced:
+        if reduce(or_, places) % 16 or self._forced != forced:
             return None
         out = self._empty(*self._like)
-        self._launch(self._places((*places, out.data_ptr(), 0)), settled(tuple(given[self._weights])))
+        self.launch(self._places((*places, out.data_ptr(), 0)), settled(tuple(given[self._weights])))
         return out
 
 
 # A path and a tile, by name.
-_forced: tuple[str | None, str | None] = (None, None)
+forced: tuple[str | None, str | None] = (None, None)
 
 
 def linear(
@@ -172,7 +172,7 @@ def _kind(multipliers: Tensor | None, codebook: Tensor | None) -> int:
 
 def _again(known: Checked, tensors: _Tensors) -> Tensor | None:
     """The result, by the launch that an earlier call of this kind left; None where there is none, or needs copies."""
-    ready: _Ready | None = known.prepared.get(_forced)
+    ready: Ready | None = known.prepared.get(forced)
     if ready is None:
         return None
     out = ready([tensor for tensor in tensors if tensor is not None])
@@ -186,18 +186,18 @@ def _compute(known: Checked, tensors: _Tensors, problem: Problem, out: Tensor) -
     if out.numel():
         launch = _run(problem, out)
         if addresses(problem, out)[:-1] == addresses_of(tensors):
-            ready = known.prepared[_forced] = _Ready(launch, tensors, out)
+            ready = known.prepared[forced] = Ready(launch, tensors, out)
             note_read(part for part in tensors[1:3] if part is not None)
             offer(tensors, ready)
     return out
 
 
 def _run(problem: Problem, out: Tensor) -> Launch:
-    forced_path, forced_tile = _forced
-    path = forced_path or ("wgmma" if _cupy.capability(out.device) == (9, 0) else "mma")
+    path, name = forced
+    path = path or ("wgmma" if _cupy.capability(out.device) == (9, 0) else "mma")
     kernels = _gemm_wgmma if path == "wgmma" and _gemm_wgmma.refusal(problem) is None else _gemm_mma
-    forced = next((tile for tile in kernels.TILES if tile.name == forced_tile), None)
-    launch = kernels.prepare(problem, out, forced or _tiles.choose(kernels, problem, out))
+    wanted = next((tile for tile in kernels.TILES if tile.name == name), None)
+    launch = kernels.prepare(problem, out, wanted or _tiles.choose(kernels, problem, out))
     launch(addresses(problem, out), False)
     return launch
 
@@ -208,7 +208,7 @@ TILES = [tile.name for tile in _gemm_wgmma.TILES]
 @contextmanager
 def forced_path(path: str) -> Iterator[None]:
     """Run every problem on "wgmma" or "mma": for tests and benchmarks; the whole process."""
-    with _forcing(path, _forced[1]):
+    with _forcing(path, forced[1]):
         yield
 
 
@@ -216,15 +216,15 @@ def forced_path(path: str) -> Iterator[None]:
 def forced_tile(name: str) -> Iterator[None]:
     """Run every problem with the tile of this name where its kernel has it: for tests and benchmarks;
     the whole process."""
-    with _forcing(_forced[0], name):
+    with _forcing(forced[0], name):
         yield
 
 
 @contextmanager
 def _forcing(path: str | None, tile: str | None) -> Iterator[None]:
-    global _forced
-    before, _forced = _forced, (path, tile)
+    global forced
+    before, forced = forced, (path, tile)
     try:
         yield
     finally:
-        _forced = before
+        forced = before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from functools import reduce
@@ -10,15 +11,19 @@ from operator import or_
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qdiff.ops import _cupy
-from qdiff.ops._problem import allocator
+from qdiff.ops._problem import allocator, dense
 from qdiff.ops._shortcut import offer
+from qdiff.ops.activation import activate
 from qdiff.ops.checks import Checked
 from qdiff.ops.low_rank_down import low_rank_down
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# What the per-token quantizer computes first: the function, whether it is of gates, whether the row is normalized.
+_FIRST = {"none": (0, 0, 0), "gelu": (1, 0, 0), "gelu_tanh": (2, 0, 0), "geglu": (1, 1, 0), "layer_norm": (0, 0, 1)}
 _MAX_SEGMENTS = 8
 _MAX_RANK = 128
 _TILE = 64  # of pixels and of channels, where channels are turned from first to last
@@ -36,7 +41,7 @@ _SAMPLE_THREADS = 512
 _MOST_RUNS = 65535  # a grid's third dimension
 
 # The kernels' integers, after their pointers; to a multiple of 8 bytes, as the pointers make the struct.
-_TOKEN, _TOKEN_DOWN = struct.Struct("2i"), struct.Struct("3i4x")
+_TOKEN, _TOKEN_NORM, _TOKEN_DOWN = struct.Struct("2i"), struct.Struct("2if4x"), struct.Struct("3i4x")
 _SAMPLE = struct.Struct(f"{4 + _MAX_SEGMENTS + 5}i4x")
 
 _Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
@@ -63,25 +68,33 @@ class _Plan(NamedTuple):
         return kernel.launcher(grid, self.threads, self.shared_bytes, layout, integers)
 
 
-class _TokenReady:
-    """What a call leaves for those of its kind whose tensors need no copy."""
+class TokenReady:
+    """What a call leaves for those of its kind whose tensors need no copy.
 
-    def __init__(self, x: Tensor, smooth: Tensor | None, down: Tensor | None, aligned: bool) -> None:
+    Attributes:
+        fused: whether one kernel makes the low-rank branch too.
+        launch: starts the kernel, given the addresses of x, smooth if there is one, and, if fused, down; of the codes
+            and the scales, and, if fused, of what the branch reads.
+    """
+
+    def __init__(
+        self, x: Tensor, smooth: Tensor | None, down: Tensor | None, aligned: bool, activation: str = "none"
+    ) -> None:
         *shape, k = x.shape
-        dtype, rows, multiprocessors = _TYPES[x.dtype], x.numel() // k, _cupy.multiprocessors(x.device)
+        k //= 1 + _FIRST[activation][1]
+        dtype, rows, multiprocessors = _TYPES[x.dtype], math.prod(shape), _cupy.multiprocessors(x.device)
         self._aligned, self._smoothed, self._projected = aligned, smooth is not None, down is not None
-        # Whether one kernel makes the low-rank branch too.
-        self._fused = down is not None and aligned and _fuses(x.device, x.dtype, k, down.shape[0])
+        self.fused = down is not None and aligned and _fuses(x.device, x.dtype, k, down.shape[0])
         rank = 0
-        if down is not None and self._fused:
+        if down is not None and self.fused:
             rank = down.shape[0]
             plan = _token_down_plan(dtype, rows, k, rank, _cupy.capability(x.device), multiprocessors)
-            self._launch = plan.launcher(True, self._smoothed, *[True] * 4, integers=_TOKEN_DOWN.pack(rows, k, rank))
+            self.launch = plan.launcher(True, self._smoothed, *[True] * 4, integers=_TOKEN_DOWN.pack(rows, k, rank))
         else:
-            plan = _token_plan(dtype, rows, k, aligned and k % 8 == 0, multiprocessors)
-            self._launch = plan.launcher(True, self._smoothed, True, True, integers=_TOKEN.pack(rows, k))
+            plan = _token_plan(dtype, rows, k, aligned and k % 8 == 0, multiprocessors, activation)
+            self.launch = plan.launcher(True, self._smoothed, True, True, integers=_TOKEN.pack(rows, k))
         self._empty = allocator(x.device)
-        self._codes = _layout(*x.shape, dtype=torch.int8)
+        self._codes = _layout(*shape, k, dtype=torch.int8)
         self._scale = _layout(*shape, dtype=torch.float32)
         self._low = _layout(*shape, rank, dtype=x.dtype)
 
@@ -91,28 +104,69 @@ class _TokenReady:
         if (reduce(or_, places) % 16 == 0) != self._aligned:
             return None
         codes, scale, low = self._empty(*self._codes), self._empty(*self._scale), self._empty(*self._low)
-        if self._fused:
-            self._launch(*places, codes.data_ptr(), scale.data_ptr(), low.data_ptr())
+        if self.fused:
+            self.launch(*places, codes.data_ptr(), scale.data_ptr(), low.data_ptr())
             return codes, scale, low
         if not self._projected:
-            self._launch(*places, codes.data_ptr(), scale.data_ptr())
+            self.launch(*places, codes.data_ptr(), scale.data_ptr())
             return codes, scale, low
-        self._launch(*places[:-1], codes.data_ptr(), scale.data_ptr())
+        self.launch(*places[:-1], codes.data_ptr(), scale.data_ptr())
         return codes, scale, low_rank_down(given[0], given[1] if self._smoothed else None, given[-1])
 
 
 def quantize_per_token(
-    known: Checked, x: Tensor, smooth: Tensor | None, down: Tensor | None
+    known: Checked, x: Tensor, smooth: Tensor | None, down: Tensor | None, activation: str = "none"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `qdiff.ops.quantize_per_token` computes, on checked arguments on the current CUDA device."""
+    if down is not None and activation != "none":  # the kernel that makes the low-rank branch knows none
+        x, activation = activate(x, activation), "none"
     down = None if down is None else down.to(x.dtype)
     given = [tensor.contiguous() for tensor in (x, smooth, down) if tensor is not None]
     aligned = not any(tensor.data_ptr() % 16 for tensor in given)
-    ready: _TokenReady | None = known.prepared.get(aligned)
+    ready: TokenReady | None = known.prepared.get(aligned)
     if ready is None:
-        ready = known.prepared[aligned] = _TokenReady(x, smooth, down, aligned)
+        ready = known.prepared[aligned] = TokenReady(x, smooth, down, aligned, activation)
     result = ready(given)
     assert result is not None, "it was prepared for such tensors"
+    offer(given, ready)
+    return result
+
+
+class _NormReady:
+    """What a call of `quantize_layer_norm` leaves for those of its kind whose tensors need no copy."""
+
+    def __init__(self, x: Tensor, plan: _Plan, given: Sequence[bool], eps: float) -> None:
+        *shape, k = x.shape
+        self._launch = plan.launcher(True, *given, True, True, integers=_TOKEN_NORM.pack(math.prod(shape), k, eps))
+        self._empty = allocator(x.device)
+        self._codes, self._scale = _layout(*x.shape, dtype=torch.int8), _layout(*shape, dtype=torch.float32)
+
+    def __call__(self, given: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+        """The result for x and what else there is; None where they need copies."""
+        places = [tensor.data_ptr() for tensor in given]
+        if reduce(or_, places) % 16:
+            return None
+        codes, scale = self._empty(*self._codes), self._empty(*self._scale)
+        self._launch(*places, codes.data_ptr(), scale.data_ptr())
+        return codes, scale
+
+
+def quantize_layer_norm(
+    known: Checked, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, smooth: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What `qdiff.ops.quantize_layer_norm` computes, on checked arguments on the current CUDA device."""
+    rows, k, multiprocessors = x.numel() // x.shape[-1], x.shape[-1], _cupy.multiprocessors(x.device)
+    plan = _token_plan(_TYPES[x.dtype], rows, k, k % 8 == 0, multiprocessors, "layer_norm")
+    if dict(plan.defines)["VECTORS"] == 0:  # a row is too long for a kernel's registers, or no whole number of vectors
+        codes, scale, _ = quantize_per_token(known, F.layer_norm(x, x.shape[-1:], weight, bias, eps), smooth, None)
+        return codes, scale
+    tensors = [None if part is None else dense(part) for part in (x, weight, bias, smooth)]
+    ready: _NormReady | None = known.prepared.get("norm")
+    if ready is None:
+        ready = known.prepared["norm"] = _NormReady(x, plan, [part is not None for part in tensors[1:]], eps)
+    given = [part for part in tensors if part is not None]
+    result = ready(given)
+    assert result is not None, "they are dense"
     offer(given, ready)
     return result
 
@@ -203,14 +257,18 @@ def _sample_launch(
     return plan, _SAMPLE.pack(channels, pixels, samples_per_row, len(segments), *ends, *tail)
 
 
-def _token_plan(dtype: int, rows: int, k: int, vectors_fit: bool, multiprocessors: int) -> _Plan:
+def _token_plan(
+    dtype: int, rows: int, k: int, vectors_fit: bool, multiprocessors: int, activation: str = "none"
+) -> _Plan:
+    first = _FIRST[activation]
     # Four or six chunks a thread hide the memory's latency; where there is not that much work, one or two each.
     many = rows * (k // 8) > 2 * _THREADS * multiprocessors
-    lanes, vectors = _token_split(dtype, k // 8, (6 if dtype else 4) if many else 2)
+    lanes, vectors = _token_split(dtype, k // 8, (6 if dtype and not any(first) else 4) if many else 2)
     if not vectors_fit or vectors > (8 if dtype else 7):
         lanes, vectors = 32 if k <= 1024 else 256, 0
     threads = max(128, lanes)
-    defines = (("TYPE", dtype), ("LANES", lanes), ("VECTORS", vectors), ("THREADS", threads))
+    split = (("TYPE", dtype), ("LANES", lanes), ("VECTORS", vectors), ("THREADS", threads))
+    defines = (*split, *zip(("GELU", "GATED", "NORM"), first))
     return _Plan("quantize_per_token", defines, (_ceil(rows, threads // lanes), 1, 1), threads)
 
 
@@ -353,6 +411,15 @@ def _variants() -> list[tuple[str, tuple[tuple[str, int | str], ...]]]:
             for rows in (1, 4096)
             for k in (*widths, 64, 1536, 2560, 5120, 15360, 20480, 32768)
             for fits in (False, True)
+        ),
+        *(
+            _token_plan(dtype, rows, k, fits, a100, activation)
+            for dtype in _TYPES.values()
+            for rows in (1, 4096)
+            for k in (*widths, 64, 1536, 2560, 5120, 15360)
+            for fits in (False, True)
+            for activation in _FIRST
+            if fits or activation != "layer_norm"
         ),
         *(
             _token_down_plan(dtype, rows, k, rank, capability, a100)

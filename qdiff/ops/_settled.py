@@ -6,7 +6,7 @@ is there; what was written earlier is. A weight that an earlier call has waited 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from weakref import ref
 
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 # By identity: the tensor, its version and where it is.
-_read: dict[int, tuple[ref[Tensor], int, int]] = {}
+_read: dict[int, tuple[Callable[[], Tensor | None], int, int]] = {}
+_NOT_READ: tuple[Callable[[], Tensor | None], int, int] = (lambda: None, 0, 0)
 
 
 def settled(weights: tuple[Tensor, ...]) -> bool:
     """Whether an earlier call has read all of them as they are now. If not, this one waits, and later ones need not."""
     for weight in weights:
-        known = _read.get(id(weight))
-        if known is None or known[0]() is not weight or known[1:] != (weight._version, weight.data_ptr()):
+        reference, version, place = _read.get(id(weight), _NOT_READ)
+        if reference() is not weight or version != weight._version or place != weight.data_ptr():
             note_read(weights)
             return False
     return True

@@ -137,8 +137,7 @@ def check_linear_input(
     device, rows = x_codes.device, x_codes.shape[:-1]
     if x_codes.dtype is not torch.int8 or x_codes.dim() < 1:
         raise ValueError(f"x_codes: got {x_codes.dtype} {tuple(x_codes.shape)}, expected int8 [..., K]")
-    each = x_scale.shape == rows and rows
-    check_tensor("x_scale", x_scale, FLOAT32, rows if each else (x_scale.numel(),), device)
+    check_tensor("x_scale", x_scale, FLOAT32, rows if x_scale.shape == rows else (x_scale.numel(),), device)
     check_divides("x_scale", x_scale.numel(), rows.numel())
     check_bias_and_dtype(bias, n, out_dtype, OUT_DTYPES, device)
     if (x_low is None) != (up is None):

@@ -65,7 +65,7 @@ def quantize_per_sample(
     kind = kind_of_call("quantize_per_sample", (x, scale, smooth), tuple(segments), channel_dim, levels)
     known = CHECKED.get(kind)
     if known is None:
-        _check(x, scale, smooth, segments, channel_dim)
+        check_samples(x, scale, smooth, segments, channel_dim)
         check_levels(levels)
         known = remember(kind)
     if runs_kernel("quantize_per_sample", x, refuses_levels(levels)):
@@ -95,7 +95,8 @@ def _empty_codes(x: Tensor, channel_dim: int) -> Tensor:
     return torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=order)
 
 
-def _check(x: Tensor, scale: Tensor, smooth: Tensor | None, segments: Sequence[int], channel_dim: int) -> None:
+def check_samples(x: Tensor, scale: Tensor, smooth: Tensor | None, segments: Sequence[int], channel_dim: int) -> None:
+    """Raise a ValueError unless `x` can be quantized with these scales."""
     if x.dtype not in FLOATS or x.dim() < 2:
         raise ValueError(
             f"x: got {x.dtype} {tuple(x.shape)}, expected a float tensor [B, ...] with a channel dimension"

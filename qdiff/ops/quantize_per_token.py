@@ -5,6 +5,7 @@ from torch import Tensor
 
 from qdiff.numerics.ranges import LEVELS
 from qdiff.ops import _quantize_cuda
+from qdiff.ops.activation import activate, activated_width, check_activation
 from qdiff.ops.backend import refuses_levels, runs_kernel
 from qdiff.ops.checks import CHECKED, FLOAT32, FLOATS, check_levels, check_tensor, kind_of_call, remember
 from qdiff.ops.low_rank_down import check_down, project, rounded_down
@@ -15,8 +16,10 @@ from qdiff.ops.row_blocks import row_blocks
 _SMALLEST_ABSMAX = 1e-30
 
 
-def _fake(x: Tensor, smooth: Tensor | None, down: Tensor | None, levels: int = LEVELS) -> tuple[Tensor, Tensor, Tensor]:
-    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+def _fake(
+    x: Tensor, smooth: Tensor | None, down: Tensor | None, levels: int = LEVELS, activation: str = "none"
+) -> tuple[Tensor, Tensor, Tensor]:
+    codes = torch.empty(*x.shape[:-1], activated_width(x, activation), dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     rank = 0 if down is None else down.shape[0]
     return codes, scale, torch.empty(*x.shape[:-1], rank, dtype=x.dtype, device=x.device)
@@ -24,33 +27,36 @@ def _fake(x: Tensor, smooth: Tensor | None, down: Tensor | None, levels: int = L
 
 @operator(_fake)
 def quantize_per_token(
-    x: Tensor, smooth: Tensor | None, down: Tensor | None, levels: int = LEVELS
+    x: Tensor, smooth: Tensor | None, down: Tensor | None, levels: int = LEVELS, activation: str = "none"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize every row of x * smooth to int8 with its own scale; with `down`, also do what `low_rank_down` does.
 
-    With v = x * smooth in float32 and a = max |v| over a row: scale = a / levels, code = round(v * (levels / a)), half
-    to even. It should be the case that |v - code * scale| <= scale / 2 (1 + 2^-14), that a row's largest magnitude has
-    code +-levels, and that zeros have code 0. A row of zeros has scale 1. A row with NaN or infinity has a NaN or
-    infinite scale, so it stays visible in the product.
+    With an activation, x stands for `activate(x, activation)`. With v = x * smooth in float32 and a = max |v| over a
+    row: scale = a / levels, code = round(v * (levels / a)), half to even. It should be the case that
+    |v - code * scale| <= scale / 2 (1 + 2^-14), that a row's largest magnitude has code +-levels, and that zeros have
+    code 0. A row of zeros has scale 1. A row with NaN or infinity has a NaN or infinite scale, so it stays visible in
+    the product.
 
     Args:
-        x: float32, float16 or bfloat16 [..., K], any strides.
+        x: float32, float16 or bfloat16 [..., K], or [..., 2 K] for "geglu", any strides.
         smooth: float32 [K], the *reciprocal* of SmoothQuant's vector s (arXiv 2211.10438, equation 3), or None.
         down: float [r, K], or None.
         levels: the largest code, 1 to 127: 2^(b - 1) - 1 for b bits. The kernels know 127 only.
+        activation: one of `qdiff.ops.activation.ACTIVATIONS`.
 
     Returns:
         codes int8 [..., K] in [-levels, levels], contiguous; scale float32 [...]; low [..., r] in x's dtype, with r = 0
         without `down`.
     """
-    kind = kind_of_call("quantize_per_token", (x, smooth, down), levels)
+    kind = kind_of_call("quantize_per_token", (x, smooth, down), levels, activation)
     known = CHECKED.get(kind)
     if known is None:
-        _check(x, smooth, down)
+        check_tokens(x, smooth, down, activation)
         check_levels(levels)
         known = remember(kind)
     if runs_kernel("quantize_per_token", x, refuses_levels(levels)):
-        return _quantize_cuda.quantize_per_token(known, x, smooth, down)
+        return _quantize_cuda.quantize_per_token(known, x, smooth, down, activation)
+    x = activate(x, activation)
     rows = x.reshape(-1, x.shape[-1])
     codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
@@ -74,10 +80,12 @@ def _quantize(v: Tensor, levels: int, overwrite: bool) -> tuple[Tensor, Tensor]:
     return codes, scale[:, 0]
 
 
-def _check(x: Tensor, smooth: Tensor | None, down: Tensor | None) -> None:
+def check_tokens(x: Tensor, smooth: Tensor | None, down: Tensor | None, activation: str = "none") -> None:
+    """Raise a ValueError unless these are an input that can be quantized by tokens, and what goes with it."""
     if x.dtype not in FLOATS or x.dim() < 1 or x.shape[-1] == 0:
         raise ValueError(f"x: got {x.dtype} {tuple(x.shape)}, expected a float tensor [..., K] with K > 0")
-    k = x.shape[-1]
+    check_activation(x, activation)
+    k = activated_width(x, activation)
     if smooth is not None:
         check_tensor("smooth", smooth, FLOAT32, (k,), x.device)
     if down is not None:

@@ -34,6 +34,7 @@ from qdiff.denoising import StepTracker
 from qdiff.layers import LayerSizes
 from qdiff.plugin.attention import check_probabilities, quantize_probabilities
 from qdiff.plugin.directory import fingerprints, interrupted, verify, written_aside
+from qdiff.plugin.fuse import fuse_blocks
 from qdiff.plugin.pipeline import LAYER_CLASSES, QuantLayer
 from qdiff.plugin.structure import DENOISER_NAMES, QuantizationRecord, find_denoiser, install, quantization_of
 from qdiff.recipe import LayerPlan, Recipe
@@ -258,6 +259,7 @@ def _load_denoiser(folder: Path, manifest: dict[str, Any], class_name: str) -> n
     install(denoiser, layers, QuantizationRecord(recipe, plans, dict(manifest["kept"]), tracker))
     check_probabilities(denoiser, recipe.probabilities)
     quantize_probabilities(denoiser, recipe.probabilities)
+    fuse_blocks(denoiser)
     _assign(denoiser, load_file(part / TENSORS))
     return denoiser.eval()
 

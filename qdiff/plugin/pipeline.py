@@ -19,6 +19,7 @@ from qdiff.methods import needs_of, quantize_layer
 from qdiff.methods.sufficiency import shortages
 from qdiff.plugin.attention import check_probabilities, quantize_probabilities
 from qdiff.plugin.calibrate import PipelineStatistics, measure, recipe_of, settings_of
+from qdiff.plugin.fuse import fuse_blocks
 from qdiff.plugin.sequential import quantize_in_order
 from qdiff.plugin.structure import (
     Kept,
@@ -105,6 +106,7 @@ def quantize_pipeline(
     kept = {name: plan.reason for name, plan in resolved.items() if isinstance(plan, Kept)}
     install(denoiser, replacements, QuantizationRecord(recipe, plans, kept, StepTracker(seen.timesteps)))
     quantize_probabilities(denoiser, recipe.probabilities)
+    fuse_blocks(denoiser)
     return pipe
 
 

@@ -18,13 +18,15 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernel_bench.fp8 import Fp8Linear
 from kernel_bench.problems import ConvProblem, ConvShape, LinearProblem, LinearShape, Weights, random_bytes
 from kernel_bench.timing import Timing, copies_for, glance, race
 from qdiff import ops
+from qdiff.layers import LayerSizes, QuantLinear
 from qdiff.ops import _cupy, _gemm, _tiles, checks
+from qdiff.recipe import LayerPlan, MethodSpec
 
 Row = dict[str, Any]
 
@@ -187,6 +189,8 @@ def overhead() -> Iterator[Row]:
     image_codes = ops.quantize_per_sample(image, image_scale, smooth, sides, 1)
     geometry, half = (ones, ones, [0, 0], sides), torch.float16
     four, eight, bias = weights.packed(), (weights.codes8, weights.scale), weights.bias
+    layer = nn.Linear(k, n, device="cuda", dtype=half)
+    quantized = _quantized(layer)
     calls: dict[str, Callable[[], Any]] = {
         "quantize_per_token": lambda: ops.quantize_per_token(x, smooth, None),
         "quantize_per_sample": lambda: ops.quantize_per_sample(image, image_scale, smooth, sides, 1),
@@ -195,12 +199,36 @@ def overhead() -> Iterator[Row]:
         "w4a8_conv2d": lambda: ops.w4a8_conv2d(image_codes, image_scale, *four, bias, None, None, *geometry, half),
         "w8a8_conv2d": lambda: ops.w8a8_conv2d(image_codes, image_scale, *eight, bias, None, None, *geometry, half),
         "w4a16_linear": lambda: ops.w4a16_linear(few, smooth, *four, bias, None, None),
+        "dynamic_linear": lambda: ops.dynamic_linear(x, smooth, None, *four, bias, None, half),
+        "QuantLinear": lambda: quantized(x),
         "torch linear": lambda: F.linear(x, weights.half, bias),
+        "torch's nn.Linear": lambda: layer(x),
     }
     on_gpu = race({name: lambda i, call=call: call() for name, call in calls.items()}, 1)
     for name, call in calls.items():
         us = statistics.median(_enqueue_us(call) for _ in range(ENQUEUE_ROUNDS))
         yield {"name": name, "us": us, "gpu_us": on_gpu[name].us}
+
+
+def _quantized(layer: nn.Linear) -> QuantLinear:
+    """A layer of 4-bit weights, with smoothing; of which numbers does not matter."""
+    plan = LayerPlan(
+        name="layer",
+        kind="linear",
+        weight_bits=4,
+        granularity="group",
+        group_size=32,
+        activation_bits=8,
+        range_mode="dynamic",
+        range=MethodSpec("dynamic"),
+        transforms=(),
+        rounding=MethodSpec("nearest"),
+        segments=(layer.in_features,),
+    )
+    quantized = QuantLinear.empty(layer, plan, LayerSizes(has_smooth=True))
+    for buffer in quantized.buffers():
+        buffer.fill_(1)
+    return quantized
 
 
 def _enqueue_us(call: Callable[[], Any]) -> float:

@@ -115,11 +115,18 @@ extern "C" {  // as <math.h> has them
 float fmaxf(float, float) noexcept;
 float fminf(float, float) noexcept;
 float rintf(float) noexcept;
+float exp2f(float) noexcept;
+float sqrtf(float) noexcept;
+float fabsf(float) noexcept;
+float exp2f(float) noexcept;
 }
 static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float __fadd_rn(float a, float b) { return a + b; }
 static inline float __fsub_rn(float a, float b) { return a - b; }
 static inline float __fdiv_rn(float a, float b) { return a / b; }
+static inline float __fdividef(float a, float b) { return a / b; }
+static inline float __fsqrt_rn(float a) { return sqrtf(a); }
+static inline float rsqrtf(float a) { return 1.0f / __builtin_sqrtf(a); }
 static inline float __frcp_rn(float a) { return 1.0f / a; }
 float __fmaf_rn(float a, float b, float c);
 static inline float __int2float_rn(int a) { return static_cast<float>(a); }

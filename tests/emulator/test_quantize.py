@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
 from qdiff.ops import _cupy, _quantize_cuda, quantize_per_sample, quantize_per_token
+from qdiff.ops.activation import activated_width
 from qdiff.ops.checks import Checked
+
+_spec = importlib.util.spec_from_file_location("bound", Path(__file__).parents[1] / "ops" / "token_bound.py")
+bound = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(bound)
 
 # Each kernel variant costs two seconds of g++: the cases are chosen to need few.
 
@@ -19,7 +27,7 @@ def device(monkeypatch, emulated_kernel, guarded):
     monkeypatch.setattr(_cupy, "multiprocessors", lambda device: 2)
     monkeypatch.setattr(_cupy, "capability", lambda device: (9, 0))
 
-    for name in ("quantize_per_token", "quantize_per_sample"):
+    for name in ("quantize_per_token", "quantize_layer_norm", "quantize_per_sample"):
         launcher = getattr(_quantize_cuda, name)
 
         def with_guards(x, *rest, launcher=launcher):
@@ -73,9 +81,50 @@ def test_per_token(dtype, smoothed, shape):
     assert_token_equal(rows(shape, dtype), vector(shape[-1]) if smoothed else None)
 
 
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "activation"),
+    [
+        ((7, 40), torch.float16, "gelu"),
+        ((2, 150, 640), torch.float16, "geglu"),
+        ((6, 2568), torch.bfloat16, "gelu_tanh"),
+        ((6, 5128), torch.bfloat16, "geglu"),
+        ((33, 24), torch.float32, "gelu"),
+        ((7, 66), torch.float16, "geglu"),  # value by value
+    ],
+    ids=str,
+)
+def test_per_token_of_an_activation(dtype, smoothed, shape, activation):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 1.5, shape[-2])[:, None]
+    x.view(-1, shape[-1])[1] = 0
+    k = activated_width(x, activation)
+    smooth = vector(k) if smoothed else None
+    x = x.to(dtype)
+    codes, scale, low = _quantize_cuda.quantize_per_token(x, smooth, None, activation)
+    assert low.shape == (*shape[:-1], 0)
+    bound.assert_activated_near(codes, scale, x, smooth, activation)
+    assert (codes.view(-1, k)[1] == 0).all()
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((7, 40), torch.float16), ((2, 150, 640), torch.float16), ((6, 2568), torch.bfloat16), ((9, 24), torch.float32)],
+    ids=str,
+)
+def test_layer_norm(dtype, affine, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, shape[-2])[:, None]
+    rows = x.view(-1, shape[-1])
+    rows[1], rows[2] = 3, rows[2] + 300  # a constant, and a mean far from zero
+    x, k = x.to(dtype), shape[-1]
+    weight, bias, smooth = (vector(k).to(dtype), -vector(k).to(dtype), vector(k)) if affine else (None, None, None)
+    codes, scale = _quantize_cuda.quantize_layer_norm(x, weight, bias, 1e-5, smooth)
+    bound.assert_normalized_near(codes, scale, x, weight, bias, 1e-5, smooth)
+
+
 def test_a_multiprocessor_has_two_long_rows():
     for k in (12288, 13824, 15360, 16384, 18432):
-        (_, _), (_, lanes), (_, vectors), (_, threads) = _quantize_cuda._token_plan(1, 4096, k, True, 132).defines
+        (_, _), (_, lanes), (_, vectors), (_, threads), *_ = _quantize_cuda._token_plan(1, 4096, k, True, 132).defines
         assert threads == lanes < k // 8 <= lanes * vectors
         assert 2 * threads * (32 + 8 * vectors) <= 65536
 

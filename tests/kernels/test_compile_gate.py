@@ -23,11 +23,11 @@ import torch
 from cuda.core import Program, ProgramOptions
 from cuda.pathfinder import find_nvidia_binary_utility, find_nvidia_header_directory
 
-from qdiff.ops import _gemm_mma, _gemm_wgmma, _gptq_cuda, _quantize_cuda, _w4a16_cuda
+from qdiff.ops import _gemm_mma, _gemm_wgmma, _gptq_cuda, _group_norm_cuda, _quantize_cuda, _w4a16_cuda
 from qdiff.ops._cuda_sources import cuda_source_dir
 
 SOURCES = cuda_source_dir()
-HOST_MODULES = (_gemm_mma, _gemm_wgmma, _gptq_cuda, _quantize_cuda, _w4a16_cuda)
+HOST_MODULES = (_gemm_mma, _gemm_wgmma, _gptq_cuda, _group_norm_cuda, _quantize_cuda, _w4a16_cuda)
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 PAIRS = ("sm_80", "sm_90a")
 TOGETHER = ("sm_100a", "sm_120a")  # they run what was written for the two before them
@@ -42,6 +42,8 @@ REGISTERS = {
     "gemm_wgmma": 168,
     "gptq_descent": 128,
     "gptq_feedback": 128,
+    "group_norm_sums": 128,
+    "quantize_group_norm": 96,
     "quantize_per_sample": 112,
     "quantize_per_token": 128,
     "quantize_per_token_down": 255,

@@ -164,3 +164,25 @@ def test_numbers_and_not_a_layer_make_a_float_convolution():
     made = QuantConv2d(8, 4, 3, padding=1, bias=False)
     assert type(made) is nn.Conv2d
     assert made.weight.shape == (4, 8, 3, 3)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("segments", [(24,), (8, 16)], ids=str)
+def test_normalizes_and_adds_in_its_own_passes(build, bits, segments):
+    _, quantized = build(bits, "temporal", True, segments)
+    norm = nn.GroupNorm(4, 24, eps=1e-3)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(2, 24, 7, 6) + 1
+    shift, residual = torch.randn(2, 20), torch.randn(2, 20, 7, 6)
+    plain = quantized(F.silu(norm(x)))
+    assert quantized.takes_normalized
+    assert torch.equal(quantized.forward_normalized(x, norm), plain)
+    both = quantized.forward_normalized(x, norm, shift=shift, residual=residual)
+    assert torch.equal(both, plain + shift[:, :, None, None] + residual)
+    norm = nn.GroupNorm(4, 24, affine=False)
+    assert torch.equal(quantized.forward_normalized(x, norm), quantized(F.silu(norm(x))))
+
+
+def test_floats_are_not_normalized(build):
+    assert not build(mode="none")[1].takes_normalized

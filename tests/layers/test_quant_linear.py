@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qdiff.denoising import StepTracker
 from qdiff.layers import LayerSizes, QuantizedWeights, QuantLinear, stored_bytes
@@ -48,8 +49,9 @@ def test_is_the_float_product_with_its_own_weight_up_to_activation_rounding(buil
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", [(48,), (1, 48), (5, 48), (2, 3, 48), (2, 2, 3, 48), (0, 48)], ids=str)
-def test_every_input_shape(build, mode, shape):
-    _, quantized = build(mode=mode, rank=2)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_input_shape(build, bits, mode, shape):
+    _, quantized = build(bits, mode, rank=2)
     x = torch.randn(shape)
     assert quantized(x).shape == (*shape[:-1], 40)
 
@@ -176,6 +178,35 @@ def test_few_rows_of_four_bit_weights_keep_their_activations(build, bits, mode):
     for few in (quantized(x[:16]), quantized(x[:16].view(2, 8, 48)).flatten(0, 1)):
         assert (distance(few) < 1e-6) == kept
     assert (distance(quantized(x)) < 1e-6) == (mode == "none")
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen += [function.name()] * (function.namespace == "qdiff")
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_call_with_a_scale_a_token_is_one_operator(build, bits):
+    _, quantized = build(bits, "dynamic", smoothed=True, rank=2)
+    with Operators() as operators:
+        quantized(torch.randn(17, 48))
+    assert operators.seen == ["qdiff::dynamic_linear"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_compiles_whole(build, bits, mode):
+    torch.compiler.reset()
+    _, quantized = build(bits, mode, smoothed=True, rank=2)
+    compiled = torch.compile(quantized, fullgraph=True, backend="aot_eager")
+    for rows in (15, 17, 18, 19):
+        x = torch.randn(rows, 48)
+        assert torch.equal(compiled(x), quantized(x))
 
 
 def test_zeros_and_outliers_give_finite_outputs(build):

@@ -157,7 +157,11 @@ def calls(monkeypatch):
 
     kernels = {
         _gemm: {"linear": result, "conv2d": result},
-        _quantize_cuda: {"quantize_per_token": (result, result, result), "quantize_per_sample": result},
+        _quantize_cuda: {
+            "quantize_per_token": (result, result, result),
+            "quantize_layer_norm": (result, result),
+            "quantize_per_sample": result,
+        },
         _w4a16_cuda: {"linear": result},
     }
     for module, results in kernels.items():
@@ -199,7 +203,9 @@ def test_what_the_kernel_of_a_convolution_is_given(calls):
 def test_what_the_other_kernels_are_given(calls):
     x, smooth, down = torch.zeros(2, 32), torch.ones(32), torch.ones(3, 32)
     ops.quantize_per_token(x, smooth, down)
-    assert is_same(calls["quantize_per_token"], [x, smooth, down])
+    assert is_same(calls["quantize_per_token"], [x, smooth, down, "none"])
+    ops.quantize_layer_norm(x, smooth, None, 1e-5, None)
+    assert is_same(calls["quantize_layer_norm"], [x, smooth, None, 1e-5, None])
     ops.quantize_per_sample(x, torch.ones(1, 1), smooth, [32], 1)
     assert is_same(calls["quantize_per_sample"], [x, torch.ones(1, 1), smooth, [32], 1])
     packed = (x, smooth, *FOUR_BIT.values(), None, None)

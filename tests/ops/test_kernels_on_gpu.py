@@ -4,8 +4,10 @@ Where diffusers is not installed: `pytest -m gpu --confcutdir=tests/ops tests/op
 pytest-xdist, `-n 8` is several times as fast: the first run is spent on compiling hundreds of kernels.
 """
 
+import importlib.util
 import math
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +16,10 @@ import torch
 from qdiff import ops
 from qdiff.numerics.packing import expand_weight, pack_int4, pack_multipliers
 from qdiff.ops import _cupy, _gemm, _gemm_mma, _gemm_wgmma, _w4a16_cuda, backend
+
+_spec = importlib.util.spec_from_file_location("token_bound", Path(__file__).parent / "token_bound.py")
+token_bound = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(token_bound)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -423,6 +429,44 @@ def test_quantize_per_token(dtype, rank, smoothed, shape):
         assert close.all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "geglu"])
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(2, 77, 96), (7, 2568), (300, 640), (2000, 5120), (9, 12288), (5, 34), (0, 64)], ids=str
+)
+def test_quantize_per_token_of_an_activation(dtype, activation, smoothed, shape):
+    *rows, k = shape
+    x = torch.randn(*rows, 2 * k if activation == "geglu" else k) * torch.logspace(-3, 1.5, rows[-1])[:, None]
+    x, smooth = x.to(dtype), torch.rand(k) + 0.1 if smoothed else None
+    moved = on(DEVICE, {"x": x, "smooth": smooth})
+    codes, scale, _ = ops.quantize_per_token(moved["x"], moved["smooth"], None, 127, activation)
+    again = ops.quantize_per_token(moved["x"], moved["smooth"], None, 127, activation)
+    assert torch.equal(codes, again[0])
+    if x.numel():
+        token_bound.assert_activated_near(codes.cpu(), scale.cpu(), x, smooth, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(2, 77, 96), (7, 2568), (300, 640), (2000, 1280), (9, 12288), (5, 34), (3, 40000), (0, 64)], ids=str
+)
+def test_quantize_layer_norm(dtype, affine, shape):
+    *rows, k = shape
+    x = torch.randn(shape) * torch.logspace(-2, 2, rows[-1])[:, None]
+    x.view(-1, k)[1:2], x.view(-1, k)[2:3] = 3, x.view(-1, k)[2:3] + 300
+    x = x.to(dtype)
+    weight, bias = (torch.randn(2, k).to(dtype)) if affine else (None, None)
+    smooth = torch.rand(k) + 0.1 if affine else None
+    moved = on(DEVICE, {"x": x, "weight": weight, "bias": bias, "smooth": smooth})
+    codes, scale = ops.quantize_layer_norm(moved["x"], moved["weight"], moved["bias"], 1e-5, moved["smooth"])
+    again = ops.quantize_layer_norm(moved["x"], moved["weight"], moved["bias"], 1e-5, moved["smooth"])
+    assert torch.equal(codes, again[0])
+    if x.numel():
+        token_bound.assert_normalized_near(codes.cpu(), scale.cpu(), x, weight, bias, 1e-5, smooth)
+
+
 def test_quantize_per_token_keeps_nan_and_infinity_visible():
     x = torch.randn(4, 64).half()
     x[1, 5], x[2, 7] = float("nan"), float("inf")
@@ -593,6 +637,105 @@ def half_layer(n=200, k=320):
     return layer(values | {"scale": torch.rand(n) * 1e-4})
 
 
+def dynamic_values(kind, m, n, k, dtype, rank=0, smoothed=True):
+    """The arguments of `dynamic_linear` in their order, on the CPU; a row of zeros, and one with an outlier."""
+    x = torch.randn(m, k).to(dtype)
+    x[m // 2], x[m // 3, 0] = 0, 300
+    return [
+        x,
+        torch.rand(k) + 0.5 if smoothed else None,
+        torch.randn(rank, k).to(dtype) / 10 if rank else None,
+        *random_weight(kind, n, k),
+        (torch.rand(n) + 0.5) * 1e-3,
+        BLOCK,
+        torch.randn(n).to(dtype),
+        torch.randn(n, rank).to(dtype) if rank else None,
+        dtype,
+    ]
+
+
+def by_two(x, smooth, down, codes, multipliers, codebook, scale, group_size, bias, up, out_dtype):
+    """What `dynamic_linear` does, by the two operators."""
+    x_codes, x_scale, low = ops.quantize_per_token(x, smooth, down)
+    added = (bias, None if down is None else low.to(out_dtype), up, None)
+    if codes.dtype == torch.int8:
+        return ops.w8a8_linear(x_codes, x_scale, codes, scale, *added, out_dtype)
+    return ops.w4a8_linear(x_codes, x_scale, codes, multipliers, codebook, scale, group_size, *added, out_dtype)
+
+
+def on_gpu(values):
+    return [value.to(DEVICE) if isinstance(value, torch.Tensor) else value for value in values]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rank", "smoothed"), [(0, False), (0, True), (32, True)])
+def test_dynamic_linear_is_the_two_operators_bit_for_bit(path, launched, kind, dtype, rank, smoothed):
+    for shape in ((1, 72, 96), (33, 200, 320), (129, 640, 1280), (1030, 321, 640)):
+        values = dynamic_values(kind, *shape, dtype, rank, smoothed)
+        arguments = on_gpu(values)
+        for _ in range(3):  # the second and the third by what the first has left
+            arguments[0] = torch.randn_like(arguments[0])
+            expected = by_two(*arguments)
+            launched.clear()
+            assert torch.equal(ops.dynamic_linear(*arguments), expected)
+            assert len(launched) == 2
+        sums = ops.dynamic_linear(*on_gpu(values)[:-1], torch.int32)
+        assert torch.equal(sums.cpu(), ops.dynamic_linear(*values[:-1], torch.int32))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "geglu"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [0, 32])
+def test_dynamic_linear_with_an_activation_and_a_residual(path, launched, activation, dtype, rank):
+    values = on_gpu(dynamic_values("int4", 300, 648, 640, dtype, rank))
+    smooth, down, *packed, group_size, bias, up, _ = values[1:]
+    residual = torch.randn(300, 648, device=DEVICE, dtype=dtype)
+    for _ in range(3):
+        x = torch.randn(300, 1280 if activation == "geglu" else 640, device=DEVICE, dtype=dtype)
+        x_codes, x_scale, low = ops.quantize_per_token(x, smooth, down, 127, activation)
+        added = (bias, low if rank else None, up, residual, dtype)
+        expected = ops.w4a8_linear(x_codes, x_scale, *packed, group_size, *added)
+        launched.clear()
+        given = (x, *values[1:], activation, residual)
+        assert torch.equal(ops.dynamic_linear(*given), expected)
+        assert len(launched) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dynamic_linear_of_what_needs_copies_or_more_kernels(path, kind):
+    x, *rest = on_gpu(dynamic_values(kind, 65, 200, 320, torch.float16, 32))
+    shifted = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    for given in (x, shifted, x.t().contiguous().t(), x.float(), x[None].expand(2, -1, -1), x[:0], x):
+        for _ in range(2):
+            assert torch.equal(ops.dynamic_linear(given, *rest), by_two(given, *rest))
+
+
+def test_dynamic_linear_call_after_call(path):
+    """What is between the two kernels is in the same memory for all calls."""
+    layers = [on_gpu(dynamic_values("int4", 200, n, 640, torch.float16, rank)) for n, rank in ((640, 32), (1280, 0))]
+    expected = [by_two(*layer) for layer in layers]
+    torch.cuda.synchronize()
+    results = [ops.dynamic_linear(*layers[i % 2]) for i in range(200)]
+    assert all(torch.equal(result, expected[i % 2]) for i, result in enumerate(results))
+
+
+def test_dynamic_linear_in_a_graph_and_compiled(path):
+    x, *rest = on_gpu(dynamic_values("int4", 130, 200, 320, torch.float16, 32))
+    ops.dynamic_linear(x, *rest)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.dynamic_linear(x, *rest)
+    compiled = torch.compile(lambda x: ops.dynamic_linear(x, *rest), fullgraph=True)
+    for _ in range(3):
+        fresh = torch.randn_like(x)
+        x.copy_(fresh)
+        graph.replay()
+        expected = by_two(fresh, *rest)
+        assert torch.equal(out, expected)
+        assert torch.equal(compiled(fresh), expected)
+
+
 def test_results_are_the_same_every_time(path):
     values = linear_values("int4", 500, 640, 4128, torch.float32, rank=32)
     image = conv_values("int4", (2, (160, 96), 24, 24, 200, 3, 1, 1), torch.float32)
@@ -636,6 +779,33 @@ def check_weights_just_written(few):
         results += [product(*weights), product(*weights)]
     for i, result in enumerate(results):
         assert torch.equal(result, expected[i // 2 % 2]), i
+
+
+def test_weights_that_a_kernel_of_ours_has_just_written(path):
+    """Our kernels let the next one in before they end; what they write must be waited for, even if it is weights.
+
+    So few rows leave multiprocessors idle, on which the next kernel begins at once, and take long: each has one block,
+    which reads them twice.
+    """
+    k = 32768
+    sources = [torch.randn(96, k, device=DEVICE, dtype=torch.float16) for _ in range(2)]
+    x_codes, x_scale, _ = ops.quantize_per_token(torch.randn(64, k, device=DEVICE, dtype=torch.float16), None, None)
+    codes = []
+    for source in sources:
+        codes.append(ops.quantize_per_token(source, None, None))
+        torch.cuda.synchronize()
+
+    def product(weight, scale):
+        return ops.w8a8_linear(x_codes, x_scale, weight, scale, None, None, None, None, torch.float16)
+
+    expected = [product(*code[:2]) for code in codes]
+    torch.cuda.synchronize()
+    results = []
+    for i in range(100):
+        weight, scale, _ = ops.quantize_per_token(sources[i % 2], None, None)
+        results.append(product(weight, scale))
+    for i, result in enumerate(results):
+        assert torch.equal(result, expected[i % 2]), i
 
 
 def test_torch_compile_without_graph_breaks(path):

@@ -150,3 +150,30 @@ def test_wrong_arguments(x, smooth, down, named):
 def test_impossible_levels(levels):
     with pytest.raises(ValueError, match=r"^levels: got"):
         quantize_per_token(torch.zeros(2, 8), None, None, levels)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "geglu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_activation_comes_first(activation, dtype):
+    x, down = torch.randn(3, 5, 64).to(dtype), torch.randn(4, 32 if activation == "geglu" else 64)
+    if activation == "geglu":
+        activated = x[..., :32] * torch.nn.functional.gelu(x[..., 32:])
+    else:
+        activated = torch.nn.functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+    smooth = torch.rand(activated.shape[-1]) + 0.5
+    results = quantize_per_token(x, smooth, down, 127, activation)
+    for result, expected in zip(results, quantize_per_token(activated, smooth, down)):
+        assert torch.equal(result, expected)
+    torch.library.opcheck(torch.ops.qdiff.quantize_per_token.default, (x, smooth, down, 127, activation))
+
+
+@pytest.mark.parametrize(
+    ("x", "activation", "message"),
+    [
+        (torch.ones(2, 8), "relu", "activation: got 'relu', expected one of none, gelu, gelu_tanh, geglu"),
+        (torch.ones(2, 7), "geglu", r"x: got \(2, 7\), expected as many values as gates"),
+    ],
+)
+def test_bad_activation(x, activation, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_per_token(x, None, None, 127, activation)

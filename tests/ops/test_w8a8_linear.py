@@ -67,6 +67,8 @@ def test_scales_in_the_shape_of_the_rows_are_the_same_in_a_row():
     arguments = inputs((2, 3, 40))
     rows = {"x_scale": arguments["x_scale"].view(2, 3)}
     assert torch.equal(w8a8_linear(**arguments | rows), w8a8_linear(**arguments))
+    arguments = inputs((40,))
+    assert torch.equal(w8a8_linear(**arguments | {"x_scale": arguments["x_scale"][0]}), w8a8_linear(**arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

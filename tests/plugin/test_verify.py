@@ -35,6 +35,12 @@ def test_every_quantized_layer_is_run_and_equal_to_itself(quantized, as_another_
         name for name, plan in denoiser.qdiff.plans.items() if plan.kind != "embedding"
     ]
     assert {check.result for check in checks if check.operator == "quantize_per_sample"} <= {"codes"}
+    whole = [check for check in checks if check.operator == "dynamic_linear"]
+    assert {check.result for check in whole} == {"integer sums", "values"}
+    for layer in {check.layer for check in whole}:  # and the two operators that it stands for
+        parts = {check.operator for check in checks if check.layer == layer}
+        assert "quantize_per_token" in parts
+        assert parts & {"w4a8_linear", "w8a8_linear"}
     assert all(check.difference is None for check in checks)
     assert next(iter(report_lines(checks))).endswith("no difference")
 
