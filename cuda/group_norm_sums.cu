@@ -5,18 +5,18 @@
 //
 // Which thread has which pixels and channels: group_norm.cuh. It adds up differences from its first pixel, channel by
 // channel: with n pixels, its sum of squares is at most n + 1 times what it wants to know, so that little is lost
-// wherever the mean is and whatever the first pixel was. What threads have found is merged as in Chan, Golub and LeVeque
-// ("Updating formulae and a pairwise algorithm for computing sample variances", 1979), first for each channel over the
-// block's lanes, then for each group over its channels. Everything is added in a fixed order.
+// wherever the mean is and whatever the first pixel was. What threads have found is merged likewise (`Merged`): each
+// channel over the block's lanes, then each group over its channels (cf. Chan, Golub and LeVeque, "Algorithms for
+// computing the sample variance", 1983). Everything is added in a fixed order.
 //
 // Shared memory: two floats a thread and channel, 32 KiB with VALUES = 8. Any architecture. VALUES = 1 is for channels
 // that are no multiple of 8.
 //
 // Macros: TYPE (dtype.cuh), VALUES (8 or 1). A block has up to 512 threads.
 #include "dependent.cuh"
-
-constexpr int READS = 8;  // of a thread that are under way at once
 #include "group_norm.cuh"
+
+constexpr int UNROLL = TYPE == DTYPE_F32 ? 4 : 8;  // pixels of a thread that are under way at once
 
 struct Params {
     const void* x;

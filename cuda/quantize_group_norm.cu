@@ -1,35 +1,36 @@
 // The second half of a group norm, and what follows it: int8 codes, with given scales, of
-// silu((x - mean) / sqrt(variance + eps) * weight + bias), without the silu where SILU = 0.
+// silu((x - mean) / sqrt(variance + eps) * weight + bias), without the silu where SILU = 0. Where CODES = 0 nothing is
+// quantized, whatever the name says: the values themselves, of TYPE.
 //
-//   x of TYPE: [batch, pixels, channels]    codes int8 likewise; all contiguous    weight, bias of TYPE or null
+//   x of TYPE: [batch, pixels, channels]    out int8 or of TYPE likewise; all contiguous    weight, bias of TYPE or null
 //   partial float2 [batch, groups, parts]: mean and sum of squared differences of each part of a group's pixels, as
 //   `group_norm_sums` leaves them
 //
 // Which thread has which pixels and channels: group_norm.cuh. Its first reads are under way while the block merges the
-// parts of its groups, always in the same order. With a = weight / sqrt(...) and b = bias - mean * a a value is x * a + b
-// in float32. It is rounded to TYPE there and after the silu, as it is between torch's modules; how it becomes a code:
-// sample_factors.cuh.
+// parts of its groups, always in the same order. A value is x * a + b in float32, with a = weight / sqrt(...) and
+// b = bias - mean * a. It is rounded to TYPE there and after the silu, as it is between torch's modules; how it becomes
+// a code: sample_factors.cuh.
 //
 // Shared memory: two floats a group, up to 16 KiB. Any architecture. VALUES = 1 is for channels or segments that are no
 // multiple of 8.
 //
-// Macros: TYPE (dtype.cuh), VALUES (8 or 1), SILU (1 or 0). A block has up to 512 threads.
+// Macros: TYPE (dtype.cuh), VALUES (8 or 1), SILU (1 or 0), CODES (1 or 0). A block has up to 512 threads.
 #include "dependent.cuh"
-
-constexpr int READS = 4;  // of a thread that are under way at once
 #include "group_norm.cuh"
 #include "sample_factors.cuh"
 
 constexpr int MAX_GROUPS = THREADS / 2 * VALUES;  // of a block: two lanes or more share its channels
+
+constexpr int UNROLL = TYPE == DTYPE_F32 ? 2 : 4;  // pixels of a thread that are under way at once
 
 struct Params {
     const void* x;
     const float2* partial;
     const void* weight;
     const void* bias;
-    const float* scale;
+    const float* scale;  // of codes alone, as what is said of rows and segments
     const float* smooth;
-    signed char* codes;
+    void* out;
     int channels;
     int pixels;
     int groups;
@@ -68,14 +69,23 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
 
 __device__ __forceinline__ float silu(float x) { return x * fast_reciprocal(1.0f + fast_exp2(-1.44269504f * x)); }
 
-// As torch stores it between two modules. Two at a time, which is one instruction.
+// Two values of TYPE, which are rounded in one instruction.
+#if TYPE == 2
+using Pair = __nv_bfloat162;
+__device__ __forceinline__ Pair pair_of(float a, float b) { return __floats2bfloat162_rn(a, b); }
+__device__ __forceinline__ float2 floats_of(Pair pair) { return __bfloat1622float2(pair); }
+#else
+using Pair = __half2;
+__device__ __forceinline__ Pair pair_of(float a, float b) { return __floats2half2_rn(a, b); }
+__device__ __forceinline__ float2 floats_of(Pair pair) { return __half22float2(pair); }
+#endif
+
+// As torch stores it between two modules.
 __device__ __forceinline__ void round_to_type(float (&value)[VALUES]) {
     if constexpr (TYPE == DTYPE_F32) return;
 #pragma unroll
     for (int i = 0; i < VALUES; i += 2) {
-        const float second = VALUES == 1 ? 0.0f : value[i + (VALUES > 1)];
-        const float2 pair = TYPE == DTYPE_F16 ? __half22float2(__floats2half2_rn(value[i], second))
-                                              : __bfloat1622float2(__floats2bfloat162_rn(value[i], second));
+        const float2 pair = floats_of(pair_of(value[i], VALUES == 1 ? 0.0f : value[i + (VALUES > 1)]));
         value[i] = pair.x;
         if (VALUES > 1) value[i + (VALUES > 1)] = pair.y;
     }
@@ -106,9 +116,9 @@ __device__ __forceinline__ void merge_parts(const Params& p, float* mean_of, flo
 }
 
 // What makes normalized values of this thread's channels: value * factor + term.
-__device__ __forceinline__ void load_affine(float (&factor)[VALUES], float (&term)[VALUES], const Params& p, int channel,
-                                            const Loaded& weight, const Loaded& bias, const float* mean_of,
-                                            const float* rstd_of) {
+__device__ __forceinline__ void make_affine(float (&factor)[VALUES], float (&term)[VALUES], const Params& p,
+                                            int channel, const Loaded& weight, const Loaded& bias,
+                                            const float* mean_of, const float* rstd_of) {
     floats_of(weight, factor);
     floats_of(bias, term);
     const int local = channel - blockIdx.y * p.slice * p.width;
@@ -133,6 +143,24 @@ __device__ __forceinline__ void store_codes(signed char* to, const float (&value
 #endif
 }
 
+__device__ __forceinline__ void store_values(void* out, long long at, const float (&value)[VALUES]) {
+#if VALUES == 1
+    store_float(out, TYPE, at, value[0]);
+#elif TYPE == 0
+    float4* const to = reinterpret_cast<float4*>(static_cast<float*>(out) + at);
+    to[0] = make_float4(value[0], value[1], value[2], value[3]);
+    to[1] = make_float4(value[4], value[5], value[6], value[7]);
+#else
+    union {
+        Pair pair[4];
+        uint4 all;
+    } bits;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) bits.pair[i] = pair_of(value[2 * i], value[2 * i + 1]);
+    *reinterpret_cast<uint4*>(static_cast<unsigned short*>(out) + at) = bits.all;
+#endif
+}
+
 constexpr int RESIDENT = TYPE == DTYPE_F32 ? 1 : 2;  // blocks of a multiprocessor, as far as registers go
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_group_norm(const __grid_constant__ Params p) {
@@ -149,17 +177,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_group_n
     __syncthreads();
     if (!place.has_pixels) return;
     float factor[VALUES], term[VALUES], code_factor[VALUES];
-    load_channel_factors(code_factor, p, blockIdx.x / p.samples_per_row, place.channel);
-    load_affine(factor, term, p, place.channel, weight, bias, mean_of, rstd_of);
+    if constexpr (CODES) load_channel_factors(code_factor, p, blockIdx.x / p.samples_per_row, place.channel);
+    make_affine(factor, term, p, place.channel, weight, bias, mean_of, rstd_of);
     for_each_pixel(x, p, place, [&](float(&value)[VALUES], long long at) {
 #pragma unroll
         for (int i = 0; i < VALUES; ++i) value[i] = __fmaf_rn(value[i], factor[i], term[i]);
-        round_to_type(value);
         if constexpr (SILU) {
+            round_to_type(value);
 #pragma unroll
             for (int i = 0; i < VALUES; ++i) value[i] = silu(value[i]);
-            round_to_type(value);
         }
-        store_codes(p.codes + at, value, code_factor);
+        if constexpr (CODES) {
+            round_to_type(value);
+            store_codes(static_cast<signed char*>(p.out) + at, value, code_factor);
+        } else {
+            store_values(p.out, at, value);
+        }
     });
 }

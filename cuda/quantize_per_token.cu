@@ -42,15 +42,24 @@ struct Params {
 };
 
 // Blocks of a multiprocessor, as far as registers go.
-constexpr int REGISTERS = TYPE == DTYPE_F32 || VECTORS == 0 ? 96 : (GELU || NORM ? 40 : 32) + (GATED ? 12 : 8) * VECTORS;
+constexpr int OF_VECTOR = GATED ? 12 : NORM ? 16 : 8;
+constexpr int REGISTERS = TYPE == DTYPE_F32 || VECTORS == 0 ? (NORM ? 200 : 96) : (GELU ? 64 : NORM ? 40 : 32) + OF_VECTOR * VECTORS;
 constexpr int RESIDENT = 65536 / REGISTERS / THREADS;
 static_assert(THREADS % LANES == 0 && THREADS % 32 == 0, "a block is a whole number of rows and of warps");
 
-// A number of each of a row's threads, brought together by `of_lanes` and `of_two`; the result is in all of them. Every
-// thread of the block calls it. USE tells the calls of a kernel apart, so that none waits for another's memory.
-template <int USE, class Number, class OfLanes, class OfTwo>
-__device__ __forceinline__ Number of_row(Number number, OfLanes of_lanes, OfTwo of_two) {
-    number = of_lanes(number);
+__device__ __forceinline__ unsigned from_lane(unsigned v, int distance) { return __shfl_xor_sync(0xffffffffu, v, distance); }
+__device__ __forceinline__ float2 from_lane(float2 v, int distance) {
+    return make_float2(__shfl_xor_sync(0xffffffffu, v.x, distance), __shfl_xor_sync(0xffffffffu, v.y, distance));
+}
+
+// A number of each of a row's threads, brought together two by two; the result is in all of them. Every thread of the
+// block calls it, once for each type of number.
+template <class Number, class Together>
+__device__ __forceinline__ Number of_row(Number number, Together together) {
+#pragma unroll
+    for (int distance = (LANES < 32 ? LANES : 32) / 2; distance > 0; distance /= 2) {
+        number = together(number, from_lane(number, distance));
+    }
     if constexpr (LANES > 32) {
         __shared__ Number of_warp[THREADS / 32];
         if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = number;
@@ -58,66 +67,62 @@ __device__ __forceinline__ Number of_row(Number number, OfLanes of_lanes, OfTwo 
         const int first = threadIdx.x / LANES * (LANES / 32);
         number = of_warp[first];
 #pragma unroll
-        for (int i = 1; i < LANES / 32; ++i) number = of_two(number, of_warp[first + i]);
+        for (int i = 1; i < LANES / 32; ++i) number = together(number, of_warp[first + i]);
     }
     return number;
 }
 
-__device__ __forceinline__ unsigned largest_of_row(unsigned bits) {
-    return of_row<0>(bits, largest_of_lanes<(LANES < 32 ? LANES : 32)>, larger);
-}
+// The largest of a row's magnitudes.
+__device__ __forceinline__ unsigned largest_of_row(unsigned bits) { return of_row(bits, larger); }
 
-template <int USE>
-__device__ __forceinline__ float sum_of_row(float v) {
-    auto of_two = [](float a, float b) { return __fadd_rn(a, b); };
-    auto of_lanes = [&](float sum) {
-#pragma unroll
-        for (int distance = (LANES < 32 ? LANES : 32) / 2; distance > 0; distance /= 2) {
-            sum = of_two(sum, __shfl_xor_sync(0xffffffffu, sum, distance));
-        }
-        return sum;
-    };
-    return of_row<USE>(v, of_lanes, of_two);
+__device__ __forceinline__ float2 sums_of_row(float2 sums) {
+    return of_row(sums, [](float2 a, float2 b) { return make_float2(__fadd_rn(a.x, b.x), __fadd_rn(a.y, b.y)); });
 }
 
 #if VECTORS > 0
 
 #if NORM
-// The variance from the differences to the mean, which no mean is too large for.
-__device__ __forceinline__ void normalize(const Params& p, Chunk<TYPE> (&chunk)[VECTORS], int lane) {
-    float sum = 0.0f, squares = 0.0f, value[8];
+// Sums of the differences to the row's first value: no mean is too large for them.
+__device__ __forceinline__ void normalize(const Params& p, long long start, Chunk<TYPE> (&chunk)[VECTORS], int lane) {
+    // Asked for before the sums are there.
+    Chunk<TYPE> gain[VECTORS], bias[VECTORS];
 #pragma unroll
     for (int i = 0; i < VECTORS; ++i) {
-        floats_of(chunk[i], value);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sum += value[j];
+        const int at = 8 * (lane + i * LANES);
+        gain[i] = load_cached<TYPE>(p.gain, at, p.gain != nullptr && at < p.k);
+        bias[i] = load_cached<TYPE>(p.bias, at, p.bias != nullptr && at < p.k);
     }
-    const float mean = __fdiv_rn(sum_of_row<1>(sum), static_cast<float>(p.k));
+    const float first = load_float(p.x, TYPE, start);
+    float2 sums = make_float2(0.0f, 0.0f);
+    float value[8];
 #pragma unroll
     for (int i = 0; i < VECTORS; ++i) {
         floats_of(chunk[i], value);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-            if (8 * (lane + i * LANES) < p.k) squares = __fmaf_rn(value[j] - mean, value[j] - mean, squares);
+            const float difference = 8 * (lane + i * LANES) < p.k ? value[j] - first : 0.0f;
+            sums.x += difference;
+            sums.y = __fmaf_rn(difference, difference, sums.y);
         }
     }
-    const float scale = rsqrtf(__fdiv_rn(sum_of_row<2>(squares), static_cast<float>(p.k)) + p.epsilon);
+    sums = sums_of_row(sums);
+    const float count = static_cast<float>(p.k), mean = __fdiv_rn(sums.x, count);
+    const float scale = rsqrtf(fmaxf(__fdiv_rn(sums.y, count) - mean * mean, 0.0f) + p.epsilon);
 #pragma unroll
     for (int i = 0; i < VECTORS; ++i) {
-        const int at = 8 * (lane + i * LANES);
+        const bool valid = 8 * (lane + i * LANES) < p.k;
+        float factor[8];
         floats_of(chunk[i], value);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) value[j] = at < p.k ? (value[j] - mean) * scale : 0.0f;
+        for (int j = 0; j < 8; ++j) value[j] = valid ? (value[j] - first - mean) * scale : 0.0f;
         if (p.gain != nullptr) {
-            float gain[8];
-            floats_of(load_chunk<TYPE>(p.gain, at, at < p.k), gain);
-            scale_by(value, gain);
+            floats_of(gain[i], factor);
+            scale_by(value, factor);
         }
         if (p.bias != nullptr) {
-            float bias[8];
-            floats_of(load_chunk<TYPE>(p.bias, at, at < p.k), bias);
+            floats_of(bias[i], factor);
 #pragma unroll
-            for (int j = 0; j < 8; ++j) value[j] += bias[j];
+            for (int j = 0; j < 8; ++j) value[j] += factor[j];
         }
         chunk[i] = chunk_of<TYPE>(value);
     }
@@ -143,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_per_tok
         chunk[i] = GATED ? gated<GELU>(chunk[i], gate[GATED ? i : 0]) : activated<GELU>(chunk[i]);
     }
 #if NORM
-    normalize(p, chunk, lane);
+    normalize(p, row < p.rows ? start : 0, chunk, lane);
 #endif
     float value[VECTORS][8];
     unsigned absmax = 0;

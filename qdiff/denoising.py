@@ -9,8 +9,8 @@ denoisers, or a denoiser and its deep copy, never see each other's timestep.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -104,6 +104,11 @@ class StepTracker:
         self.timesteps = grid
         self.weights: Tensor | None = None
         self._grids: dict[torch.device, Tensor] = {}
+        # Weights, and by the id of a table: the table, so that no other gets its id; its version; its rows.
+        self._shared: tuple[Tensor, dict[int, tuple[Tensor, int, Tensor]]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_shared": None}  # a copy's tables have other ids
 
     def set(self, timestep: Tensor | float, batch: int, device: torch.device | str | None = None) -> None:
         """Set `weights` for a denoiser call.
@@ -137,6 +142,35 @@ class StepTracker:
             self._grids[device] = torch.tensor(self.timesteps, dtype=torch.float32, device=device)
         return self._grids[device]
 
+    def share(self, tables: Iterable[Tensor]) -> None:
+        """Resample these [T, S] tables at the running timestep, a few operations for all of them: `resample` then has
+        their rows, bit for bit those that it would compute, for as long as neither weights nor table change."""
+        weights = self.weights
+        assert weights is not None, "a timestep is set"
+        alike: dict[int, list[Tensor]] = {}
+        for table in tables:
+            if self._can_share(table, weights):
+                alike.setdefault(table.shape[1], []).append(table)
+        rows_of: dict[int, tuple[Tensor, int, Tensor]] = {}
+        for columns, group in alike.items():
+            # Each table's rows begin at a multiple of 16 bytes, as kernels want to read them.
+            rows = weights.new_empty(len(group), -(-len(weights) // 4) * 4, columns)[:, : len(weights)]
+            torch.sum(weights[:, :, None] * torch.stack(group)[:, None], dim=2, out=rows)
+            rows_of |= {id(table): (table, table._version, row) for table, row in zip(group, rows.unbind())}
+        self._shared = weights, rows_of
+
+    def _can_share(self, table: Tensor, weights: Tensor) -> bool:
+        fits = table.device == weights.device and table.dtype == torch.float32 and len(table) == len(self.timesteps)
+        # Nobody counts the versions of inference tensors.
+        return fits and not (table.requires_grad or weights.requires_grad or table.is_inference())
+
+    def _shared_rows(self, table: Tensor) -> Tensor | None:
+        # What is compiled has no host to save time of, and would be compiled anew for other Python values.
+        if torch.compiler.is_compiling() or self._shared is None or self._shared[0] is not self.weights:
+            return None
+        known = self._shared[1].get(id(table))
+        return known[2] if known is not None and known[1] == table._version else None
+
     def resample(self, table: Tensor, batch: int) -> Tensor:
         """Rows of a [T, S] table at the running timestep: float32 [batch, S].
 
@@ -163,14 +197,20 @@ class StepTracker:
             raise ValueError(
                 f"batch: got a layer input of {batch} rows, expected a multiple of the denoiser's batch, {rows}"
             )
-        weights = self.weights.to(table.device)
-        # A sum of products and not a matrix product, which TF32 settings could round to 10 bits.
-        scales = (weights[:, :, None] * table).sum(dim=1)
+        scales = self._shared_rows(table)
+        if scales is None:
+            # A sum of products and not a matrix product, which TF32 settings could round to 10 bits.
+            scales = (self.weights.to(table.device)[:, :, None] * table).sum(dim=1)
         return scales if batch == rows else scales.repeat_interleave(batch // rows, dim=0)
 
-    def attach(self, denoiser: nn.Module) -> RemovableHandle:
-        """Follow the `timestep` argument of every call of this denoiser; `.remove()` the handle to stop."""
-        return denoiser.register_forward_pre_hook(_FollowTimestep(self, TimestepReader.of(denoiser)), with_kwargs=True)
+    def attach(self, denoiser: nn.Module, layers: Sequence[nn.Module] = ()) -> RemovableHandle:
+        """Follow the `timestep` argument of every call of this denoiser; `.remove()` the handle to stop.
+
+        Args:
+            layers: those whose buffers `act_scales` are tables to `share` at every call.
+        """
+        follow = _FollowTimestep(self, TimestepReader.of(denoiser), layers)
+        return denoiser.register_forward_pre_hook(follow, with_kwargs=True)
 
 
 @dataclass
@@ -179,10 +219,13 @@ class _FollowTimestep:
     # tracker.
     tracker: StepTracker
     read: TimestepReader
+    layers: Sequence[nn.Module] = field(repr=False)  # and not their buffers, which others replace when a layer moves
 
     def __call__(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = self.read(args, kwargs)
         self.tracker.set(call.timestep, call.latent.shape[0], call.latent.device)
+        if not torch.compiler.is_compiling():
+            self.tracker.share([table for layer in self.layers if (table := layer._buffers["act_scales"]) is not None])
 
 
 def _argument(place: tuple[str, int], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -30,13 +30,14 @@ from typing import Any
 import torch
 import triton
 from kernel_bench import sections, table
+from kernel_bench.fused import fused
 from kernel_bench.problems import ConvShape, LinearShape, merged
 from kernel_bench.shapes import read_shapes
 
 import qdiff
 from qdiff.ops import _gemm, backend
 
-SECTIONS = ("linear", "small", "conv", "quantize", "peak", "overhead", "first-call")
+SECTIONS = ("linear", "small", "conv", "quantize", "fused", "peak", "overhead", "first-call")
 QUICK_STEP = 6
 
 
@@ -52,6 +53,7 @@ def main() -> None:
         "small": lambda: sections.small(linears),
         "conv": lambda: sections.conv(convs),
         "quantize": sections.quantize,
+        "fused": fused,
         "peak": sections.peak,
         "overhead": sections.overhead,
         "first-call": sections.first_call,

@@ -1,4 +1,5 @@
-// What the two kernels of a group norm share: which pixels and channels of an image a thread has.
+// What the two kernels of a group norm share: which pixels and channels of an image a thread has, and how what is known
+// of some values and of others becomes what is known of all.
 //
 //   x of TYPE: [batch, pixels, channels]; a group is `width` neighbouring channels
 //
@@ -9,8 +10,7 @@
 //   pixel 0  thread 0   1          ...  columns - 1           blockIdx.x: sample, y: slice of the channels, z: run
 //   pixel 1  columns    columns+1  ...
 //
-// P is a kernel's parameter, which has what is read of it here; READS is the kernel's: reads of 16 bytes of a thread that
-// are under way at once.
+// P is a kernel's parameter, which has what is read of it here. UNROLL: pixels of a thread that are under way at once.
 #pragma once
 
 #include "chunk.cuh"
@@ -28,12 +28,10 @@ __device__ __forceinline__ Loaded load_values(const void* x, long long at) { ret
 __device__ __forceinline__ void floats_of(const Loaded& x, float (&value)[1]) { value[0] = x; }
 #endif
 
-constexpr int UNROLL = TYPE == DTYPE_F32 ? READS / 2 : READS;
-
 struct Place {
     int lane, column, channel;
-    int pixel, end;       // the first one of this thread, and where the block's run ends
-    long long at;         // the first value of this thread
+    int pixel, end;  // the first one of this thread, and where the block's run ends
+    long long at;    // the first value of this thread
     bool has_pixels;
 };
 
@@ -51,7 +49,7 @@ __device__ __forceinline__ Place place_of_thread(const P& p) {
 }
 
 // The first values of the thread.
-template <class P>
+template <int UNROLL, class P>
 __device__ __forceinline__ void load_first(Loaded (&x)[UNROLL], const P& p, const Place& place) {
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
@@ -63,7 +61,7 @@ __device__ __forceinline__ void load_first(Loaded (&x)[UNROLL], const P& p, cons
 
 // Calls take(values, at) for each pixel of the thread, whose first ones are in x; others are asked for as soon as there
 // is room.
-template <class P, class Take>
+template <int UNROLL, class P, class Take>
 __device__ __forceinline__ void for_each_pixel(Loaded (&x)[UNROLL], const P& p, const Place& place, Take take) {
     int pixel = place.pixel;
     long long at = place.at;
@@ -87,8 +85,8 @@ struct Moments {
     float mean, squares;
 };
 
-// Moments of several parts of the values, merged. Differences are from the first part's mean: what they add to the sum of
-// squares is at most as many times that sum as there are parts, so that little is lost when it is taken off again.
+// Moments of several parts of the values, merged. Differences are from the first part's mean: what that adds to the sum
+// of squares is at most as many times the sum as there are parts, so that little is lost when it is taken off again.
 struct Merged {
     float first;
     float offset = 0.0f, squares = 0.0f;

@@ -3,8 +3,10 @@
 //
 // P is a kernel's parameter, which has
 //
-//   const float* scale;   [rows, segments]    const float* smooth;  [channels] or null
-//   int channels, segments;  segments: up to 8, or `channels`    int ends[MAX_SEGMENTS];  of up to 8 segments, in channels
+//   const float* scale;      [rows, segments]
+//   const float* smooth;     [channels] or null
+//   int channels, segments;  up to 8 segments, or `channels` of them
+//   int ends[MAX_SEGMENTS];  of up to 8 segments, in channels
 #pragma once
 
 #include "chunk.cuh"

@@ -7,6 +7,7 @@ from qdiff.ops.backend import set_backend, use_backend
 from qdiff.ops.dynamic_linear import dynamic_linear
 from qdiff.ops.gptq_descent import gptq_descent
 from qdiff.ops.gptq_feedback import gptq_feedback
+from qdiff.ops.group_norm import group_norm
 from qdiff.ops.low_rank_down import low_rank_down
 from qdiff.ops.quantize_group_norm import quantize_group_norm
 from qdiff.ops.quantize_layer_norm import quantize_layer_norm
@@ -24,6 +25,7 @@ __all__ = [
     "dynamic_linear",
     "gptq_descent",
     "gptq_feedback",
+    "group_norm",
     "low_rank_down",
     "quantize_group_norm",
     "quantize_layer_norm",

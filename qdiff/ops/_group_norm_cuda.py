@@ -1,11 +1,11 @@
-"""Launching the two kernels of a quantized group norm: cuda/group_norm_sums.cu, then cuda/quantize_group_norm.cu."""
+"""Launching the two kernels of a group norm: cuda/group_norm_sums.cu, then cuda/quantize_group_norm.cu."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
 from functools import reduce
-from itertools import accumulate
+from itertools import accumulate, product
 from math import gcd
 from operator import or_
 from typing import NamedTuple
@@ -51,56 +51,61 @@ class _Plan(NamedTuple):
 
 
 class _Ready:
-    """What a call leaves for those of its kind whose tensors need no copy."""
+    """What a call leaves for those of its kind whose tensors need no copy.
+
+    Args:
+        others: weight, bias, scale and smooth; without a scale there are no codes but values.
+    """
 
     def __init__(
         self,
         x: Tensor,
         groups: int,
-        given: Sequence[bool],
+        others: Sequence[Tensor | None],
         eps: float,
         silu: bool,
-        scale_rows: int,
         segments: tuple[int, ...],
     ) -> None:
+        scale = others[2]
         batch, channels = x.shape[:2]
         pixels, multiprocessors = x.shape[2] * x.shape[3], _cupy.multiprocessors(x.device)
         waves = multiprocessors * _SUMS_RESIDENT, multiprocessors * _CODES_RESIDENT[x.dtype]
         plan = _plan(batch, channels, pixels, groups, segments, waves)
         assert plan is not None, "the kernels take it"
-        first, second = _defines(_TYPES[x.dtype], plan.values, silu)
+        first, second = _defines(_TYPES[x.dtype], plan.values, silu, scale is not None)
         slices, parts, runs = _ceil(groups, plan.slice), _ceil(pixels, plan.part), _ceil(pixels, plan.run)
         threads = _ceil(plan.lanes * plan.columns, 32) * 32
         block = (channels // groups, plan.slice, plan.columns, plan.lanes, _ceil(1 << 20, plan.columns))
         shape = (channels, pixels, groups, *block)
         ends = [*accumulate(segments), *([channels] * _MAX_SEGMENTS)][:_MAX_SEGMENTS]
-        rest = (plan.run, parts, plan.part, batch // scale_rows, len(segments), *ends, eps)
+        samples_per_row = batch if scale is None else batch // scale.shape[0]
+        rest = (plan.run, parts, plan.part, samples_per_row, len(segments), *ends, eps)
         self._sums = _cupy.kernel("group_norm_sums", first).launcher(
             (batch, slices, parts), threads, 0, struct.Struct("2Q"), _SUMS.pack(*shape, plan.part, parts)
         )
-        pointers = struct.Struct("2Q" + "".join("Q" if one else "8x" for one in given) + "Q")
-        self._codes = _cupy.kernel("quantize_group_norm", second).launcher(
+        pointers = struct.Struct("2Q" + "".join("8x" if one is None else "Q" for one in others) + "Q")
+        self._values = _cupy.kernel("quantize_group_norm", second).launcher(
             (batch, slices, runs), threads, 0, pointers, _CODES.pack(*shape, *rest)
         )
         self._empty = allocator(x.device)
         # float2 each: what the first kernel tells the second.
         self._partial = (batch * groups * parts, 2), (2, 1), torch.float32
-        like = torch.empty(x.shape, dtype=torch.int8, device="meta", memory_format=torch.channels_last)
-        self._out = tuple(x.shape), like.stride(), torch.int8
+        like = torch.empty(x.shape, dtype=_out_dtype(x, scale), device="meta", memory_format=torch.channels_last)
+        self._out = tuple(x.shape), like.stride(), like.dtype
 
     def __call__(self, given: Sequence[Tensor]) -> Tensor | None:
-        """The codes for x and what else there is, or None where they need copies."""
+        """The result for x and what else there is, or None where they need copies."""
         places = [tensor.data_ptr() for tensor in given]
         if reduce(or_, places) % 16:
             return None
-        codes, partial = self._empty(*self._out), self._empty(*self._partial)
+        out, partial = self._empty(*self._out), self._empty(*self._partial)
         x, between = places[0], partial.data_ptr()
         self._sums(x, between)
-        self._codes(x, between, *places[1:], codes.data_ptr())
-        return codes
+        self._values(x, between, *places[1:], out.data_ptr())
+        return out
 
 
-def quantize_group_norm(
+def group_norm(
     known: Checked,
     x: Tensor,
     groups: int,
@@ -108,31 +113,34 @@ def quantize_group_norm(
     bias: Tensor | None,
     eps: float,
     silu: bool,
-    scale: Tensor,
-    smooth: Tensor | None,
-    segments: Sequence[int],
+    scale: Tensor | None = None,
+    smooth: Tensor | None = None,
+    segments: Sequence[int] = (),
 ) -> Tensor:
-    """What `qdiff.ops.quantize_group_norm` computes, on checked arguments on the current CUDA device."""
+    """What `quantize_group_norm` of `qdiff.ops` computes, or without a scale `group_norm`, on checked arguments on the
+    current CUDA device."""
     if not x.numel():
-        return torch.empty_like(x, dtype=torch.int8, memory_format=torch.channels_last)
-    if len(segments) > _MAX_SEGMENTS:
+        return torch.empty_like(x, dtype=_out_dtype(x, scale), memory_format=torch.channels_last)
+    if scale is not None and len(segments) > _MAX_SEGMENTS:
         columns = [column[:, None].expand(-1, width) for column, width in zip(scale.unbind(1), segments)]
         scale, segments = torch.cat(columns, dim=1), (1,) * sum(segments)
     # Values are read 16 bytes at a time: views that start anywhere are copied.
     pixels = dense(x.permute(0, 2, 3, 1))
     if pixels.data_ptr() != x.data_ptr():
         x = pixels.permute(0, 3, 1, 2)
-    scale = dense(scale)
-    others = (dense(weight), dense(bias), scale, dense(smooth))
+    others = (dense(weight), dense(bias), dense(scale), dense(smooth))
     ready: _Ready | None = known.prepared.get("ready")
     if ready is None:
-        ready = _Ready(x, groups, [t is not None for t in others], eps, silu, scale.shape[0], tuple(segments))
-        known.prepared["ready"] = ready
+        ready = known.prepared["ready"] = _Ready(x, groups, others, eps, silu, tuple(segments))
     given = [tensor for tensor in (x, *others) if tensor is not None]
-    codes = ready(given)
-    assert codes is not None, "its tensors need no copy"
+    out = ready(given)
+    assert out is not None, "its tensors need no copy"
     offer(given, ready)
-    return codes
+    return out
+
+
+def _out_dtype(x: Tensor, scale: Tensor | None) -> torch.dtype:
+    return x.dtype if scale is None else torch.int8
 
 
 def refuses_group_norm(channels: int, groups: int, segments: Sequence[int]) -> str | None:
@@ -172,16 +180,16 @@ def _slice(channels: int, groups: int, segments: tuple[int, ...]) -> tuple[int, 
     return None
 
 
-def _defines(dtype: int, values: int, silu: bool) -> tuple[_Defines, _Defines]:
+def _defines(dtype: int, values: int, silu: bool, codes: bool) -> tuple[_Defines, _Defines]:
     shared: _Defines = (("TYPE", dtype), ("VALUES", values))
-    return shared, (*shared, ("SILU", int(silu)))
+    return shared, (*shared, ("SILU", int(silu)), ("CODES", int(codes)))
 
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-_ALL = [_defines(dtype, values, silu) for dtype in _TYPES.values() for values in (8, 1) for silu in (True, False)]
+_ALL = [_defines(*macros) for macros in product(_TYPES.values(), (8, 1), (True, False), (True, False))]
 # What the functions above may ask for.
 VARIANTS: list[tuple[str, _Defines]] = list(
     dict.fromkeys(

@@ -160,6 +160,17 @@ def check_bias_and_dtype(
         raise ValueError(f"out_dtype: got {out_dtype}, expected one of {', '.join(map(str, dtypes))}")
 
 
+def check_group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    """Raise a ValueError unless an image x [B, C, H, W] has this group norm."""
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups: got {groups} for {x.shape[1]} channels, expected a number that divides them")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps: got {eps}, expected a number that is not negative")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None:
+            check_tensor(name, vector, (x.dtype,), (x.shape[1],), x.device)
+
+
 def check_divides(name: str, part: int, rows: int) -> None:
     """Raise a ValueError unless `part` rows of scales can be shared evenly by `rows` rows."""
     if (part == 0 and rows) or (part and rows % part):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qdiff.ops import _group_norm_cuda
 from qdiff.ops.backend import runs_kernel
-from qdiff.ops.checks import CHECKED, FLOATS, check_tensor, kind_of_call, remember
+from qdiff.ops.checks import CHECKED, FLOATS, check_group_norm, check_tensor, kind_of_call, remember
 from qdiff.ops.quantize_per_sample import check_samples, quantize_per_sample
 from qdiff.ops.registry import operator
 
@@ -62,31 +62,12 @@ def quantize_group_norm(
     kind = kind_of_call("quantize_group_norm", tensors, groups, eps, silu, tuple(segments))
     known = CHECKED.get(kind)
     if known is None:
-        _check(x, groups, weight, bias, eps, scale, smooth, segments)
+        check_tensor("x", x, FLOATS, (None,) * 4, x.device)
+        check_samples(x, scale, smooth, segments, 1)
+        check_group_norm(x, groups, weight, bias, eps)
         known = remember(kind, _group_norm_cuda.refuses_group_norm(x.shape[1], groups, segments))
     if runs_kernel("quantize_group_norm", x, known.refusal):
-        return _group_norm_cuda.quantize_group_norm(known, x, groups, weight, bias, eps, silu, scale, smooth, segments)
+        return _group_norm_cuda.group_norm(known, x, groups, weight, bias, eps, silu, scale, smooth, segments)
     y = F.group_norm(x, groups, weight, bias, eps) if x.numel() else x
     codes: Tensor = quantize_per_sample(F.silu(y) if silu else y, scale, smooth, segments, 1)
     return codes
-
-
-def _check(
-    x: Tensor,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: Tensor,
-    smooth: Tensor | None,
-    segments: Sequence[int],
-) -> None:
-    check_tensor("x", x, FLOATS, (None,) * 4, x.device)
-    check_samples(x, scale, smooth, segments, 1)
-    if groups < 1 or x.shape[1] % groups:
-        raise ValueError(f"groups: got {groups} for {x.shape[1]} channels, expected a number that divides them")
-    if not 0 <= eps < float("inf"):
-        raise ValueError(f"eps: got {eps}, expected a number that is not negative")
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None:
-            check_tensor(name, vector, (x.dtype,), (x.shape[1],), x.device)

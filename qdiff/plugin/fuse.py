@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
 from qdiff.plugin.fused_feed_forward import FusedFeedForward
+from qdiff.plugin.fused_group_norm import FusedGroupNorm
 from qdiff.plugin.fused_resnet import FusedResnetBlock2D
 from qdiff.plugin.fused_transformer import FusedTransformerBlock
+from qdiff.plugin.fused_transformer_2d import FusedTransformer2D
 
-# Subclasses that add nothing but another `forward`, which decides at each call: so a block's modules can still be
-# replaced, hooked and loaded into.
+# Subclasses that add nothing but another `forward`, or a part of it, which decides at each call: so a block's modules
+# can still be replaced, hooked and loaded into.
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     BasicTransformerBlock: FusedTransformerBlock,
     FeedForward: FusedFeedForward,
     ResnetBlock2D: FusedResnetBlock2D,
+    Transformer2DModel: FusedTransformer2D,
+    nn.GroupNorm: FusedGroupNorm,
 }
+# diffusers and accelerate find blocks by the name of their class: `_repeated_blocks`, `_no_split_modules`.
+for _theirs, _ours in _FUSED.items():
+    _ours.__name__ = _theirs.__name__
 
 
 def fuse_blocks(denoiser: nn.Module) -> None:

@@ -9,6 +9,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from qdiff.layers import QuantConv2d
+from qdiff.plugin.fused_group_norm import FusedGroupNorm
 from qdiff.plugin.plain import are_plain, drops_nothing, is_inference
 
 
@@ -59,7 +60,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
 
 
 def _is_group_norm(module: nn.Module | None, dtype: torch.dtype) -> bool:
-    if type(module) is not nn.GroupNorm:
+    if type(module) is not FusedGroupNorm and type(module) is not nn.GroupNorm:
         return False
     weight = module._parameters["weight"]
     return weight is None or weight.dtype == dtype

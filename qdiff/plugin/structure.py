@@ -54,7 +54,8 @@ def install(denoiser: nn.Module, replacements: Mapping[str, nn.Module], record: 
     ]
     for module in replacements.values():
         module.tracker = record.tracker  # type: ignore[assignment]  # a plain object, not a module
-    hook = record.tracker.attach(denoiser)
+    temporal = [module for name, module in replacements.items() if record.plans[name].range_mode == "temporal"]
+    hook = record.tracker.attach(denoiser, temporal)
     try:
         for parent, child_name, child in places:
             parent._modules[child_name] = replaced[id(child)]

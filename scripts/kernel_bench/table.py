@@ -61,6 +61,11 @@ def _quantize(row: Row) -> str:
     return f"{row['name']:46}{rates['quantize']:7.0f} GB/s, copy {rates['copy']:5.0f}: {100 * row['of_copy']:5.1f} %"
 
 
+def _fused(row: Row) -> str:
+    us = row["us"]
+    return f"{row['name']:32}{us['fused']:8.1f}{us['apart']:8.1f}{us['torch']:8.1f}{ratio(row, 'apart', 'fused'):7.2f}"
+
+
 def _peak(row: Row) -> str:
     return f"{row['name']:24}{row['us']:9.1f} us {row['tops']:6.0f} T(FL)OP/s {row['note']}"
 
@@ -92,6 +97,7 @@ FORMATS: dict[str, Callable[[Row], str]] = {
     "small": _small,
     "conv": _conv,
     "quantize": _quantize,
+    "fused": _fused,
     "peak": _peak,
     "overhead": _overhead,
     "first_call": _first_call,
@@ -108,6 +114,10 @@ HEADS = {
         "                              w4a8 = quant. +   gemm   w8a8 |   fp16 ratio | no bias",
     ],
     "quantize": ["QUANTIZATION, bytes read and written"],
+    "fused": [
+        "QUANTIZATION with what comes before it, us; apart: by torch, then quantized; by torch alone",
+        "                                   fused   apart   torch  ratio (of apart)",
+    ],
     "peak": ["8192 x 8192 x 8192, without quantization"],
     "overhead": ["HOST TIME of a call"],
     "first_call": ["EVERY LAYER OF SDXL ONCE, 4 and 8 bits"],

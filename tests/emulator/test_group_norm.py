@@ -1,4 +1,4 @@
-"""The kernels of a quantized group norm and their launcher, run on the CPU, against float64 and the reference."""
+"""The kernels of a group norm and their launcher, run on the CPU, against float64 and the reference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qdiff.ops import _cupy, _group_norm_cuda, quantize_group_norm, quantize_per_sample
+from qdiff.ops import _cupy, _group_norm_cuda, group_norm, quantize_group_norm, quantize_per_sample
 from qdiff.ops.checks import Checked
 
 # Each kernel variant costs two seconds of g++: the cases are chosen to need few.
@@ -27,12 +27,12 @@ def device(monkeypatch, emulated_kernel):
 
 
 @pytest.fixture
-def codes_of(guarded):
-    """The kernels' codes; arrays end where memory does."""
+def result_of(guarded):
+    """What the kernels make; arrays end where memory does."""
 
     def run(*arguments):
         given = (guarded(value) if isinstance(value, torch.Tensor) else value for value in arguments)
-        return _group_norm_cuda.quantize_group_norm(Checked(None), *given)
+        return _group_norm_cuda.group_norm(Checked(None), *given)
 
     return run
 
@@ -66,9 +66,9 @@ CASES = {
 
 @pytest.mark.parametrize(("shape", "groups", "kind", "segments", "rows"), CASES.values(), ids=CASES)
 @pytest.mark.parametrize("plain", [False, True])
-def test_codes(codes_of, shape, groups, kind, segments, rows, plain):
+def test_codes(result_of, shape, groups, kind, segments, rows, plain):
     arguments = problem(shape, groups, kind, segments, rows, not plain, not plain)
-    codes = codes_of(*arguments)
+    codes = result_of(*arguments)
     bound.assert_codes_near(codes, *arguments)
     expected = quantize_group_norm(*arguments)
     assert codes.stride() == expected.stride()
@@ -76,35 +76,47 @@ def test_codes(codes_of, shape, groups, kind, segments, rows, plain):
     assert (codes != expected).double().mean() < 0.01
 
 
-def test_codes_are_the_quantizers_where_nothing_is_rounded(codes_of):
+@pytest.mark.parametrize(("shape", "groups", "kind", "segments", "rows"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize("plain", [False, True])
+def test_values(result_of, shape, groups, kind, segments, rows, plain):
+    arguments = problem(shape, groups, kind, segments, rows, not plain)[:6]
+    values = result_of(*arguments)
+    bound.assert_values_near(values, *arguments)
+    expected = group_norm(*arguments)
+    assert values.stride() == expected.stride()
+    eps = torch.finfo(values.dtype).eps
+    torch.testing.assert_close(values, expected, rtol=2 * eps + 1e-5, atol=2 * eps + 1e-5)
+
+
+def test_codes_are_the_quantizers_where_nothing_is_rounded(result_of):
     """Halves of ones and minus ones have mean 0 and deviation 1."""
     x = torch.ones(2, 48, 4, 6, dtype=torch.float32)
     x[:, :, ::2] = -1
     _, _, weight, bias, _, _, scale, smooth, segments = problem(x.shape, 3, FLOAT, (16, 32), 2)
     for order in (torch.channels_last, torch.contiguous_format):
         y = x.contiguous(memory_format=order)
-        codes = codes_of(y, 3, weight, bias, 0.0, False, scale, smooth, segments)
+        codes = result_of(y, 3, weight, bias, 0.0, False, scale, smooth, segments)
         expected = torch.addcmul(bias[:, None, None], y, weight[:, None, None])
         assert torch.equal(codes, quantize_per_sample(expected, scale, smooth, segments, 1))
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e3, -3e4])
 @pytest.mark.parametrize("deviation", [0.0, 1.0])
-def test_large_means(codes_of, mean, deviation):
+def test_large_means(result_of, mean, deviation):
     x, *rest = problem((2, 72, 60, 45), 8, FLOAT, (72,), 1)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
     x = (mean + deviation * noise).contiguous(memory_format=torch.channels_last)
-    bound.assert_codes_near(codes_of(x, *rest), x, *rest)
+    bound.assert_codes_near(result_of(x, *rest), x, *rest)
 
 
-def test_views_that_start_anywhere(codes_of):
+def test_views_that_start_anywhere(result_of):
     x, groups, weight, bias, *rest = problem((2, 40, 9, 7), 4, HALF, (40,), 1)
     *rest, smooth, segments = rest
-    expected = codes_of(x, groups, weight, bias, *rest, smooth, segments)
+    expected = result_of(x, groups, weight, bias, *rest, smooth, segments)
     moved = [torch.cat([vector[:1], vector])[1:] for vector in (weight, bias, smooth)]
     flat = x.permute(0, 2, 3, 1).flatten()
     x = torch.cat([flat[:1], flat])[1:].view(2, 9, 7, 40).permute(0, 3, 1, 2)
-    assert torch.equal(codes_of(x, groups, *moved[:2], *rest, moved[2], segments), expected)
+    assert torch.equal(result_of(x, groups, *moved[:2], *rest, moved[2], segments), expected)
 
 
 def test_a_second_call_of_a_kind_is_the_first_one_of_other_tensors(monkeypatch):
@@ -115,11 +127,20 @@ def test_a_second_call_of_a_kind_is_the_first_one_of_other_tensors(monkeypatch):
         (x.flip(2), groups, weight.flip(0), *rest),
         (x.contiguous(), groups, weight, *rest),
     ]
-    expected = [_group_norm_cuda.quantize_group_norm(Checked(None), *other) for other in others]
-    _group_norm_cuda.quantize_group_norm(known, *arguments)
+    expected = [_group_norm_cuda.group_norm(Checked(None), *other) for other in others]
+    _group_norm_cuda.group_norm(known, *arguments)
     monkeypatch.setattr(_cupy, "kernel", None)  # nobody asks for it again
     for other, codes in zip(others, expected):
-        assert torch.equal(_group_norm_cuda.quantize_group_norm(known, *other), codes)
+        assert torch.equal(_group_norm_cuda.group_norm(known, *other), codes)
+
+
+def test_a_second_call_without_codes(monkeypatch):
+    known, (*arguments, _, _, _) = Checked(None), problem((2, 40, 9, 7), 4, HALF, (40,), 1)
+    x, *rest = arguments
+    expected = _group_norm_cuda.group_norm(Checked(None), x.flip(2), *rest)
+    _group_norm_cuda.group_norm(known, *arguments)
+    monkeypatch.setattr(_cupy, "kernel", None)
+    assert torch.equal(_group_norm_cuda.group_norm(known, x.flip(2), *rest), expected)
 
 
 def test_what_the_kernels_refuse():

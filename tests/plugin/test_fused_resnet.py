@@ -296,6 +296,8 @@ def test_on_a_gpu(options, dtype, fused):
     x, temb = inputs(block, dtype)
     expected = block(x, temb)
     block.cuda()
+    for layer in (block.conv1, block.conv2):
+        layer.tracker.set(torch.tensor(400.0, device="cuda"), 2)
     x, temb = x.cuda(), None if temb is None else temb.cuda()
     with backend.use_backend("cuda"):
         result = block(x, temb)

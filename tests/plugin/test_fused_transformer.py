@@ -58,7 +58,7 @@ def quantized(
         name="linear",
         kind="linear",
         weight_bits=4,
-        group_size=16,
+        group_size=32,
         granularity="group",
         activation_bits=16 if mode == "none" else bits,
         range_mode=mode,
@@ -68,8 +68,8 @@ def quantized(
         segments=(layer.in_features,),
     )
     matrix = layer.weight.float()
-    scale, multipliers = fit_two_level(matrix, 16)
-    codes = round_two_level(matrix, scale, multipliers, 16)
+    scale, multipliers = fit_two_level(matrix, 32)
+    codes = round_two_level(matrix, scale, multipliers, 32)
     smooth = torch.rand(layer.in_features) + 0.5 if smoothed else None
     low_rank = (torch.randn(rank, layer.in_features) / 50, torch.randn(layer.out_features, rank)) if rank else None
     return QuantLinear.from_float(layer, plan, QuantizedWeights(codes, multipliers, scale, smooth, low_rank=low_rank))

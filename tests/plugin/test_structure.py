@@ -15,6 +15,7 @@ from diffusers import (
 )
 from torch import nn
 
+from qdiff.denoising import StepTracker
 from qdiff.plugin.structure import Kept, check_quantizable, find_denoiser, resolve, skip_segments
 from qdiff.recipe import LayerPlan, MethodSpec, Recipe, WeightSpec
 
@@ -228,3 +229,14 @@ def test_lora_adapters_are_refused(tiny_sd):
 def test_a_compiled_denoiser_is_refused(tiny_sd):
     with pytest.raises(ValueError, match="quantize the pipeline first"):
         check_quantizable(torch.compile(tiny_sd().unet))
+
+
+def test_temporal_scales_are_resampled_together(quantized_sd, generate, monkeypatch):
+    pipe = quantized_sd()
+    images, tracker = generate(pipe), pipe.unet.qdiff.tracker
+    temporal = [m for m in pipe.unet.modules() if getattr(getattr(m, "plan", None), "range_mode", None) == "temporal"]
+    assert temporal
+    assert all(tracker._shared_rows(layer.act_scales) is not None for layer in temporal)
+    monkeypatch.setattr(StepTracker, "share", lambda tracker, tables: None)
+    assert torch.equal(generate(pipe), images)
+    assert tracker._shared_rows(temporal[0].act_scales) is None
