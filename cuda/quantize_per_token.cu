@@ -82,7 +82,8 @@ __device__ __forceinline__ float2 sums_of_row(float2 sums) {
 #if VECTORS > 0
 
 #if NORM
-// Sums of the differences to the row's first value: no mean is too large for them.
+// Sums of the differences to the row's first value: no mean is too large for them. Where that value is the row's outlier,
+// the variance is off by up to k 2^-24 of itself.
 __device__ __forceinline__ void normalize(const Params& p, long long start, Chunk<TYPE> (&chunk)[VECTORS], int lane) {
     // Asked for before the sums are there.
     Chunk<TYPE> gain[VECTORS], bias[VECTORS];
