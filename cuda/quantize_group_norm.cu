@@ -16,6 +16,7 @@
 //
 // Macros: TYPE (dtype.cuh), VALUES (8 or 1), SILU (1 or 0), CODES (1 or 0). A block has up to 512 threads.
 #include "dependent.cuh"
+#include "fast_math.cuh"
 #include "group_norm.cuh"
 #include "sample_factors.cuh"
 
@@ -45,27 +46,6 @@ struct Params {
     int ends[MAX_SEGMENTS];  // of up to 8 segments, in channels
     float eps;
 };
-
-// 2^x and 1 / x to some 2^-22. Results below 2^-126 are 0.
-__device__ __forceinline__ float fast_exp2(float x) {
-#ifdef QDIFF_EMULATE
-    return exp2f(x);
-#else
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#endif
-}
-
-__device__ __forceinline__ float fast_reciprocal(float x) {
-#ifdef QDIFF_EMULATE
-    return 1.0f / x;
-#else
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#endif
-}
 
 __device__ __forceinline__ float silu(float x) { return x * fast_reciprocal(1.0f + fast_exp2(-1.44269504f * x)); }
 

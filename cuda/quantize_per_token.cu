@@ -47,19 +47,11 @@ constexpr int REGISTERS = TYPE == DTYPE_F32 || VECTORS == 0 ? (NORM ? 200 : 96) 
 constexpr int RESIDENT = 65536 / REGISTERS / THREADS;
 static_assert(THREADS % LANES == 0 && THREADS % 32 == 0, "a block is a whole number of rows and of warps");
 
-__device__ __forceinline__ unsigned from_lane(unsigned v, int distance) { return __shfl_xor_sync(0xffffffffu, v, distance); }
-__device__ __forceinline__ float2 from_lane(float2 v, int distance) {
-    return make_float2(__shfl_xor_sync(0xffffffffu, v.x, distance), __shfl_xor_sync(0xffffffffu, v.y, distance));
-}
-
 // A number of each of a row's threads, brought together two by two; the result is in all of them. Every thread of the
 // block calls it, once for each type of number.
 template <class Number, class Together>
 __device__ __forceinline__ Number of_row(Number number, Together together) {
-#pragma unroll
-    for (int distance = (LANES < 32 ? LANES : 32) / 2; distance > 0; distance /= 2) {
-        number = together(number, from_lane(number, distance));
-    }
+    number = of_lanes<(LANES < 32 ? LANES : 32)>(number, together);
     if constexpr (LANES > 32) {
         __shared__ Number of_warp[THREADS / 32];
         if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = number;

@@ -142,11 +142,22 @@ class StepTracker:
             self._grids[device] = torch.tensor(self.timesteps, dtype=torch.float32, device=device)
         return self._grids[device]
 
+    def _running(self) -> Tensor:
+        """The weights of the denoiser call that is running."""
+        if self.weights is None:
+            raise RuntimeError(
+                "no timestep is known: call the denoiser, or StepTracker.set, before a layer with temporal scales"
+            )
+        return self.weights
+
     def share(self, tables: Iterable[Tensor]) -> None:
         """Resample these [T, S] tables at the running timestep, a few operations for all of them: `resample` then has
-        their rows, bit for bit those that it would compute, for as long as neither weights nor table change."""
-        weights = self.weights
-        assert weights is not None, "a timestep is set"
+        their rows, bit for bit those that it would compute, for as long as neither weights nor table change.
+
+        Raises:
+            RuntimeError: no timestep is set.
+        """
+        weights = self._running()
         alike: dict[int, list[Tensor]] = {}
         for table in tables:
             if self._can_share(table, weights):
@@ -184,15 +195,12 @@ class StepTracker:
             ValueError: `batch` is no multiple of the denoiser's batch, or the table has another number of rows than the
                 grid.
         """
-        if self.weights is None:
-            raise RuntimeError(
-                "no timestep is known: call the denoiser, or StepTracker.set, before a layer with temporal scales"
-            )
+        weights = self._running()
         if table.shape[0] != len(self.timesteps):
             raise ValueError(
                 f"table: got {table.shape[0]} rows, expected one for each of {len(self.timesteps)} timesteps"
             )
-        rows = self.weights.shape[0]
+        rows = weights.shape[0]
         if batch % rows:
             raise ValueError(
                 f"batch: got a layer input of {batch} rows, expected a multiple of the denoiser's batch, {rows}"
@@ -200,7 +208,7 @@ class StepTracker:
         scales = self._shared_rows(table)
         if scales is None:
             # A sum of products and not a matrix product, which TF32 settings could round to 10 bits.
-            scales = (self.weights.to(table.device)[:, :, None] * table).sum(dim=1)
+            scales = (weights.to(table.device)[:, :, None] * table).sum(dim=1)
         return scales if batch == rows else scales.repeat_interleave(batch // rows, dim=0)
 
     def attach(self, denoiser: nn.Module, layers: Sequence[nn.Module] = ()) -> RemovableHandle:

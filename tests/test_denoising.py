@@ -93,6 +93,8 @@ def test_misuse_is_told():
     tracker = StepTracker(GRID)
     with pytest.raises(RuntimeError, match="no timestep is known"):
         tracker.resample(TABLE, 1)
+    with pytest.raises(RuntimeError, match="no timestep is known"):
+        tracker.share([TABLE])
     with pytest.raises(ValueError, match="timestep"):
         tracker.set(torch.tensor([1, 2, 3]), 4)
     tracker.set(1, 2)

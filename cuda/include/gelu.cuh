@@ -3,35 +3,19 @@
 #pragma once
 
 #include "chunk.cuh"
-
-#ifdef QDIFF_EMULATE
-__device__ __forceinline__ float power_of_two(float v) { return exp2f(v); }
-__device__ __forceinline__ float reciprocal(float v) { return 1.0f / v; }
-#else
-// To two units in the last place; subnormals are zeros.
-__device__ __forceinline__ float power_of_two(float v) {
-    float r;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-    return r;
-}
-__device__ __forceinline__ float reciprocal(float v) {
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-    return r;
-}
-#endif
+#include "fast_math.cuh"
 
 // KIND 1: to 1.5e-7 |x| (Abramowitz and Stegun, 7.1.26); 2: the approximation by tanh of the paper, whose
 // 0.5 (1 + tanh u) is 1 / (1 + exp(-2u)).
 template <int KIND>
 __device__ __forceinline__ float gelu(float x) {
-    if (KIND == 2) return x * reciprocal(1.0f + power_of_two(x * __fmaf_rn(-0.1029432397f, x * x, -2.302208198f)));
-    const float z = 0.70710678f * fabsf(x), t = reciprocal(__fmaf_rn(0.3275911f, z, 1.0f));
+    if (KIND == 2) return x * fast_reciprocal(1.0f + fast_exp2(x * __fmaf_rn(-0.1029432397f, x * x, -2.302208198f)));
+    const float z = 0.70710678f * fabsf(x), t = fast_reciprocal(__fmaf_rn(0.3275911f, z, 1.0f));
     float sum = __fmaf_rn(1.061405429f, t, -1.453152027f);
     sum = __fmaf_rn(sum, t, 1.421413741f);
     sum = __fmaf_rn(sum, t, -0.284496736f);
     sum = __fmaf_rn(sum, t, 0.254829592f);
-    const float beyond = 0.70710678f * z * t * sum * power_of_two(-1.44269504f * z * z);  // |x| times what is beyond it
+    const float beyond = 0.70710678f * z * t * sum * fast_exp2(-1.44269504f * z * z);  // |x| times what is beyond it
     return x > 0.0f ? x - beyond : -beyond;
 }
 

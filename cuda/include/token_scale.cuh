@@ -8,14 +8,22 @@ __device__ __forceinline__ unsigned magnitude(float v) { return __float_as_uint(
 
 __device__ __forceinline__ unsigned larger(unsigned a, unsigned b) { return a > b ? a : b; }
 
-// The largest of `COUNT` neighbouring lanes, a power of two up to 32, in each of them.
+__device__ __forceinline__ unsigned from_lane(unsigned v, int distance) { return __shfl_xor_sync(0xffffffffu, v, distance); }
+__device__ __forceinline__ float2 from_lane(float2 v, int distance) {
+    return make_float2(__shfl_xor_sync(0xffffffffu, v.x, distance), __shfl_xor_sync(0xffffffffu, v.y, distance));
+}
+
+// The numbers of `COUNT` neighbouring lanes, a power of two up to 32, brought together two by two, in each of them.
+template <int COUNT, class Number, class Together>
+__device__ __forceinline__ Number of_lanes(Number number, Together together) {
+#pragma unroll
+    for (int distance = COUNT / 2; distance > 0; distance /= 2) number = together(number, from_lane(number, distance));
+    return number;
+}
+
 template <int COUNT>
 __device__ __forceinline__ unsigned largest_of_lanes(unsigned bits) {
-#pragma unroll
-    for (int distance = COUNT / 2; distance > 0; distance /= 2) {
-        bits = larger(bits, __shfl_xor_sync(0xffffffffu, bits, distance));
-    }
-    return bits;
+    return of_lanes<COUNT>(bits, larger);
 }
 
 // Below 1e-30, 127 / absmax would overflow: such rows get the step of that magnitude. NaN passes.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qdiff.layers.norm_vectors import norm_vectors
 from qdiff.layers.quantized_weights import NO_SIZES, LayerSizes, QuantizedWeights
 from qdiff.layers.weight_buffers import WeightBuffers
 from qdiff.numerics.gemm_layout import from_gemm
@@ -89,10 +90,8 @@ class QuantConv2d(WeightBuffers, nn.Conv2d):
             residual: of x's dtype and the result's shape, or None.
         """
         scale = self._input_scales(x.shape[0])
-        # Detached, for calls with a parameter take a longer way.
-        affine = [None if vector is None else vector.detach() for vector in (norm.weight, norm.bias)]
-        smooth = self._buffers["smooth"]
-        codes = quantize_group_norm(x, norm.num_groups, *affine, norm.eps, True, scale, smooth, self.segments)
+        given = (x, norm.num_groups, *norm_vectors(norm), norm.eps, True)
+        codes = quantize_group_norm(*given, scale, self._buffers["smooth"], self.segments)
         return self._product(codes, scale, x.dtype, shift, residual)
 
     def _product(

@@ -21,7 +21,7 @@ from qdiff.ops import (
     w4a16_linear,
     w8a8_linear,
 )
-from qdiff.ops.activation import activate
+from qdiff.ops.activation import activate, activated_width
 
 if TYPE_CHECKING:
     from qdiff.recipe import LayerPlan
@@ -98,8 +98,8 @@ class QuantLinear(WeightBuffers, nn.Linear):
             activation: one of `qdiff.ops.activation.ACTIVATIONS`.
             residual: of x's dtype [..., N], or None.
         """
-        own, width = self._buffers, 2 if activation == "geglu" else 1
-        few = x.numel() <= width * self._most_float
+        own = self._buffers
+        few = x.numel() // x.shape[-1] * activated_width(x, activation) <= self._most_float
         if few or not self._quantizes_tokens or own["first_input"] is not None:
             y = self(activate(x, activation))
             return y if residual is None else y + residual
@@ -117,8 +117,13 @@ class QuantLinear(WeightBuffers, nn.Linear):
             dtype: of the result.
             residual: of this dtype [..., N], or None.
         """
+        return self._multiply(codes, scale, None, residual, dtype)
+
+    def _multiply(
+        self, codes: Tensor, scale: Tensor, low: Tensor | None, residual: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         own = self._buffers
-        added = own["bias"], None, None, residual, dtype
+        added = own["bias"], low, own["up"], residual, dtype
         if not self._four_bit:
             return w8a8_linear(codes, scale, own["codes"], own["scale"], *added)
         weights = own["codes"], own["multipliers"], own["codebook"], own["scale"], self.storage_block
@@ -135,9 +140,7 @@ class QuantLinear(WeightBuffers, nn.Linear):
             inputs, smooth = self._transformed(x, -1)
             return dynamic_linear(inputs, smooth, own["down"], *weights, block, own["bias"], own["up"], dtype)
         codes, scale, low = self._quantize(x)
-        if self._four_bit:
-            return w4a8_linear(codes, scale, *weights, block, own["bias"], low, own["up"], None, dtype)
-        return w8a8_linear(codes, scale, own["codes"], own["scale"], own["bias"], low, own["up"], None, dtype)
+        return self._multiply(codes, scale, low, None, dtype)
 
     def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The codes, their scales, and what the branch reads if there is one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from functools import reduce
-from itertools import accumulate, product
+from itertools import product
 from math import gcd
 from operator import or_
 from typing import NamedTuple
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from qdiff.ops import _cupy
 from qdiff.ops._problem import allocator, dense
+from qdiff.ops._sample_scales import MAX_SEGMENTS, ends_of, in_few_segments
 from qdiff.ops._shortcut import offer
 from qdiff.ops.checks import Checked
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_MAX_SEGMENTS = 8
 _THREADS = 512  # of a block at most, as the kernels say
 _COLUMNS = _THREADS // 2  # of them side by side: fewer leave a smaller rest idle
 # Blocks of a multiprocessor at once, as the kernels' registers let them: one wave of them has all of the pixels.
@@ -27,7 +27,7 @@ _SUMS_RESIDENT, _CODES_RESIDENT = 1, {torch.float32: 1, torch.float16: 2, torch.
 
 # The kernels' integers, after their pointers; to a multiple of 8 bytes, as the pointers make the struct.
 _SUMS = struct.Struct("10i")
-_CODES = struct.Struct(f"{13 + _MAX_SEGMENTS}if")
+_CODES = struct.Struct(f"{13 + MAX_SEGMENTS}if")
 
 _Defines = tuple[tuple[str, int | str], ...]
 
@@ -77,9 +77,8 @@ class _Ready:
         threads = _ceil(plan.lanes * plan.columns, 32) * 32
         block = (channels // groups, plan.slice, plan.columns, plan.lanes, _ceil(1 << 20, plan.columns))
         shape = (channels, pixels, groups, *block)
-        ends = [*accumulate(segments), *([channels] * _MAX_SEGMENTS)][:_MAX_SEGMENTS]
         samples_per_row = batch if scale is None else batch // scale.shape[0]
-        rest = (plan.run, parts, plan.part, samples_per_row, len(segments), *ends, eps)
+        rest = (plan.run, parts, plan.part, samples_per_row, len(segments), *ends_of(segments, channels), eps)
         self._sums = _cupy.kernel("group_norm_sums", first).launcher(
             (batch, slices, parts), threads, 0, struct.Struct("2Q"), _SUMS.pack(*shape, plan.part, parts)
         )
@@ -121,9 +120,8 @@ def group_norm(
     current CUDA device."""
     if not x.numel():
         return torch.empty_like(x, dtype=_out_dtype(x, scale), memory_format=torch.channels_last)
-    if scale is not None and len(segments) > _MAX_SEGMENTS:
-        columns = [column[:, None].expand(-1, width) for column, width in zip(scale.unbind(1), segments)]
-        scale, segments = torch.cat(columns, dim=1), (1,) * sum(segments)
+    if scale is not None:
+        scale, segments = in_few_segments(scale, segments)
     # Values are read 16 bytes at a time: views that start anywhere are copied.
     pixels = dense(x.permute(0, 2, 3, 1))
     if pixels.data_ptr() != x.data_ptr():

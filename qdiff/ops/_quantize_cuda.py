@@ -6,7 +6,7 @@ import math
 import struct
 from collections.abc import Sequence
 from functools import reduce
-from itertools import accumulate, count
+from itertools import count
 from operator import or_
 from typing import NamedTuple
 
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from qdiff.ops import _cupy
 from qdiff.ops._problem import allocator, dense
+from qdiff.ops._sample_scales import MAX_SEGMENTS, ends_of, in_few_segments
 from qdiff.ops._shortcut import offer
-from qdiff.ops.activation import activate
+from qdiff.ops.activation import activate, activated_width
 from qdiff.ops.checks import Checked
 from qdiff.ops.low_rank_down import low_rank_down
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # What the per-token quantizer computes first: the function, whether it is of gates, whether the row is normalized.
 _FIRST = {"none": (0, 0, 0), "gelu": (1, 0, 0), "gelu_tanh": (2, 0, 0), "geglu": (1, 1, 0), "layer_norm": (0, 0, 1)}
-_MAX_SEGMENTS = 8
 _MAX_RANK = 128
 _TILE = 64  # of pixels and of channels, where channels are turned from first to last
 _MAX_SPLIT = 8  # blocks of a cluster that any GPU with clusters takes
@@ -42,7 +42,7 @@ _MOST_RUNS = 65535  # a grid's third dimension
 
 # The kernels' integers, after their pointers; to a multiple of 8 bytes, as the pointers make the struct.
 _TOKEN, _TOKEN_NORM, _TOKEN_DOWN = struct.Struct("2i"), struct.Struct("2if4x"), struct.Struct("3i4x")
-_SAMPLE = struct.Struct(f"{4 + _MAX_SEGMENTS + 5}i4x")
+_SAMPLE = struct.Struct(f"{4 + MAX_SEGMENTS + 5}i4x")
 
 _Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
 
@@ -80,8 +80,7 @@ class TokenReady:
     def __init__(
         self, x: Tensor, smooth: Tensor | None, down: Tensor | None, aligned: bool, activation: str = "none"
     ) -> None:
-        *shape, k = x.shape
-        k //= 1 + _FIRST[activation][1]
+        shape, k = x.shape[:-1], activated_width(x, activation)
         dtype, rows, multiprocessors = _TYPES[x.dtype], math.prod(shape), _cupy.multiprocessors(x.device)
         self._aligned, self._smoothed, self._projected = aligned, smooth is not None, down is not None
         self.fused = down is not None and aligned and _fuses(x.device, x.dtype, k, down.shape[0])
@@ -228,9 +227,7 @@ def _quantize_samples(
     if not x.numel():
         order = torch.channels_last if channels_first else torch.contiguous_format
         return torch.empty_like(x, dtype=torch.int8, memory_format=order)
-    if len(segments) > _MAX_SEGMENTS:
-        columns = [column[:, None].expand(-1, width) for column, width in zip(scale.unbind(1), segments)]
-        scale, segments = torch.cat(columns, dim=1), (1,) * sum(segments)
+    scale, segments = in_few_segments(scale, segments)
     scale, smooth = scale.contiguous(), None if smooth is None else smooth.contiguous()
     aligned = not any(tensor.data_ptr() % 16 for tensor in (x, smooth) if tensor is not None)
     ready: _SampleReady | None = known.prepared.get(aligned)
@@ -253,7 +250,7 @@ def _sample_launch(
         batch, pixels, samples_per_row = scale_rows, pixels * samples_per_row, 1
     multiprocessors = _cupy.multiprocessors(x.device)
     plan, tail = _sample_plan(_TYPES[x.dtype], batch, pixels, turned, aligned, segments, multiprocessors)
-    ends = [*accumulate(segments), *([channels] * _MAX_SEGMENTS)][:_MAX_SEGMENTS]
+    ends = ends_of(segments, channels)
     return plan, _SAMPLE.pack(channels, pixels, samples_per_row, len(segments), *ends, *tail)
 
 

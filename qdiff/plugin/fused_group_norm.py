@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qdiff.layers.norm_vectors import has_vectors_of, norm_vectors
 from qdiff.ops import group_norm
 from qdiff.plugin.plain import is_inference
 
@@ -18,13 +19,16 @@ class FusedGroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self._fuses(input):
             return super().forward(input)
-        # Detached, for calls with a parameter take a longer way.
-        affine = [None if vector is None else vector.detach() for vector in self._parameters.values()]
-        return group_norm(input, self.num_groups, *affine, self.eps, False)  # type: ignore[no-any-return]
+        return group_norm(input, self.num_groups, *norm_vectors(self), self.eps, False)  # type: ignore[no-any-return]
 
     def _fuses(self, x: Tensor) -> bool:
         if x.dim() != 4 or x.dtype not in _DTYPES or not is_inference(x):
             return False
         weight = self._parameters["weight"]
-        same = weight is None or (weight.dtype == x.dtype and weight.device == x.device)
-        return same and x.shape[1] == self.num_channels and x.is_contiguous(memory_format=torch.channels_last)
+        here = weight is None or weight.device == x.device
+        return (
+            here
+            and has_vectors_of(self, x.dtype)
+            and x.shape[1] == self.num_channels
+            and x.is_contiguous(memory_format=torch.channels_last)
+        )

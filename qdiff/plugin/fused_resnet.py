@@ -9,6 +9,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from qdiff.layers import QuantConv2d
+from qdiff.layers.norm_vectors import has_vectors_of
 from qdiff.plugin.fused_group_norm import FusedGroupNorm
 from qdiff.plugin.plain import are_plain, drops_nothing, is_inference
 
@@ -60,10 +61,8 @@ class FusedResnetBlock2D(ResnetBlock2D):
 
 
 def _is_group_norm(module: nn.Module | None, dtype: torch.dtype) -> bool:
-    if type(module) is not FusedGroupNorm and type(module) is not nn.GroupNorm:
-        return False
-    weight = module._parameters["weight"]
-    return weight is None or weight.dtype == dtype
+    known = (FusedGroupNorm, nn.GroupNorm)
+    return isinstance(module, nn.GroupNorm) and type(module) in known and has_vectors_of(module, dtype)
 
 
 def _takes_normalized(module: nn.Module | None) -> bool:

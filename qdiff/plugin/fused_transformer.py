@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from qdiff.layers import QuantLinear
+from qdiff.layers.norm_vectors import has_vectors_of, norm_vectors
 from qdiff.layers.quant_linear import FEW_ROWS
 from qdiff.ops import quantize_layer_norm
 from qdiff.plugin.fused_feed_forward import FusedFeedForward
@@ -17,8 +18,8 @@ from qdiff.plugin.plain import are_plain, drops_nothing, is_inference
 
 _Codes = tuple[Tensor, Tensor]  # and their scales
 
-# What a call of diffusers' UNets names and this kind of block does not look at.
-_UNUSED = ("timestep", "class_labels", "added_cond_kwargs", "encoder_hidden_states")
+# What diffusers' UNets hand every block; of these, this kind looks at the last alone.
+_KNOWN = ("timestep", "class_labels", "added_cond_kwargs", "encoder_hidden_states")
 
 # Modules that some attentions have beside the four layers.
 _ADDED = {"spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross"}
@@ -34,7 +35,7 @@ class FusedTransformerBlock(BasicTransformerBlock):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         context = kwargs.get("encoder_hidden_states")
-        unknown = args or any(not _is_nothing(value) for name, value in kwargs.items() if name not in _UNUSED)
+        unknown = args or any(not _is_nothing(value) for name, value in kwargs.items() if name not in _KNOWN)
         own: dict[str, Any] = self._modules  # of which attributes would take ten times as long
         if unknown or not self._fuses(own, hidden_states, context):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
@@ -65,9 +66,7 @@ def _is_nothing(value: object) -> bool:
 
 
 def _quantized(norm: nn.LayerNorm, x: Tensor) -> _Codes:
-    # Detached, for calls with a parameter take a longer way.
-    affine = [None if vector is None else vector.detach() for vector in norm._parameters.values()]
-    codes, scale = quantize_layer_norm(x, *affine, norm.eps, None)
+    codes, scale = quantize_layer_norm(x, *norm_vectors(norm), norm.eps, None)
     return codes, scale
 
 
@@ -86,10 +85,8 @@ def _attend(attention: Attention, tokens: _Codes, context: Tensor | None, residu
 
 
 def _is_norm(module: nn.Module, x: Tensor) -> bool:
-    if type(module) is not nn.LayerNorm or module.normalized_shape != x.shape[-1:] or not are_plain(module):
-        return False
-    weight = module._parameters["weight"]
-    return weight is None or weight.dtype == x.dtype
+    same = type(module) is nn.LayerNorm and module.normalized_shape == x.shape[-1:]
+    return same and has_vectors_of(module, x.dtype) and are_plain(module)
 
 
 def _is_attention(module: nn.Module, context: Tensor | None) -> bool:
