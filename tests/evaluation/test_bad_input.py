@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qdiff.evaluation import evaluate
+from qdiff.evaluation import evaluate, run
 from qdiff.evaluation.generation import Generation, draw
 from qdiff.evaluation.pipeline_facts import facts_of
 from qdiff.evaluation.prompts import Item
@@ -53,6 +53,18 @@ def test_a_picture_that_is_none(folders, tmp_path):
     before, after = folders
     (after / "b.png").write_text("hello")
     refused(before, {"it": after}, out=tmp_path / "o", match=r"b\.png is no picture")
+
+
+def test_a_picture_that_vanishes_during_the_run(folders, tmp_path, monkeypatch):
+    before, after = folders
+    draw_and_measure = run.draw_and_measure
+
+    def once_it_is_gone(source, *rest):
+        (after / "b.png").unlink(missing_ok=True)
+        draw_and_measure(source, *rest)
+
+    monkeypatch.setattr(run, "draw_and_measure", once_it_is_gone)
+    refused(before, {"it": after}, out=tmp_path / "o", match=r"b.png: expected a picture, as there was when this run")
 
 
 def test_an_empty_folder_and_a_missing_one(folders, tmp_path):
