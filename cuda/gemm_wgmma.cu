@@ -11,7 +11,7 @@
 //   WARPGROUPS consumer warpgroups: 2 or 3
 //   TOKENS     output pixels a tile: 16 or a multiple of 32, to 256
 //   RANK       of the low-rank branch in units of 32, rounded up; 0: there is none. LOW: its type, 1 half, 2 bfloat16
-//   IMAGE      1: pixels of images, any kernel and segments; 0: one row of them, 1x1, one segment
+//   IMAGE      1: pixels of images, any kernel; 0: one row of them, 1x1
 //   SEGMENTED  1: channel segments with scales of their own, summed in float32
 //   OUT        results: 0 float32, or the integers themselves, 1 half, 2 bfloat16
 //   ELEMENTS   1: results are stored one by one (always with OUT 0); 0: by the copy engine, from shared memory
@@ -36,7 +36,15 @@ constexpr int kProducerRegisters = SPLIT > 1 ? 56 : 40;
 constexpr int kConsumerRegisters = (kRegisters * (WARPGROUPS + 1) - kProducerRegisters) / WARPGROUPS / 8 * 8;
 // Tokens of a step of the epilogue.
 constexpr int kChunk = TOKENS < 32 || EXTRAS || (RANK && (ELEMENTS || WARPGROUPS > 2)) || SPLIT > 1 ? 16 : 32;
-constexpr int kStored = SPLIT > 1 ? kChunk : TOKENS > 192 ? 64 : TOKENS;  // tokens that the copy engine stores at once
+// Where a block does several segments, the sums of those that are complete are in registers, as many as there are beside the
+// accumulators, and in shared memory.
+constexpr int kAccumulators = TOKENS / 2;
+constexpr bool kSums = SEGMENTED && SPLIT == 1;
+constexpr int kBoth = WARPGROUPS > 2 ? kAccumulators + 8 : WEIGHT == 5 || (EXTRAS && TOKENS == 160) ? 112 : 128;
+constexpr int kRegisterSums = !kSums ? 4 : kBoth < 2 * kAccumulators ? kBoth - kAccumulators : kAccumulators;
+constexpr int kSumBytes = kSums ? (kAccumulators - kRegisterSums) * 4 * kConsumers : 0;
+static_assert(!kSums || TOKENS <= (WARPGROUPS > 2 ? 128 : 192), "no room for sums");
+constexpr int kStored = SPLIT > 1 ? kChunk : TOKENS > (kSums ? 160 : 192) ? 64 : TOKENS;  // tokens, by the copy engine at once
 constexpr int kStores = kStored < TOKENS && SPLIT == 1 ? 2 : 1;  // buffers for them
 constexpr int kStoreBytes = ELEMENTS ? 0 : kStores * kStored * 128;  // of a warpgroup's
 constexpr int kWeightRow = WEIGHT == 8 ? 128 : 64;  // bytes of a weight row in a stage of 128
@@ -45,12 +53,9 @@ constexpr int kInputBytes = TOKENS * 128;
 constexpr int kStageBytes = kWeightBytes + kInputBytes;
 constexpr int kMultiplierBytes = WEIGHT == 4 ? 4 * kFeatures : 0;  // of a stage: one for each row and block of 32
 constexpr int kMaxSegments = 4;
-// Of segments that are complete, the sums are in registers where there are enough, or else in the workspace.
-constexpr bool kKeepsSums = SEGMENTED && WARPGROUPS == 2 && TOKENS <= (WEIGHT == 5 ? 96 : 128);
-constexpr bool kAhead = !SEGMENTED;  // registers are there to look up what the next tile needs
-constexpr int kUnderWay = kKeepsSums && TOKENS > 96 ? 2 : 4;  // products of a warpgroup at a time
+constexpr bool kAhead = !kSums;  // registers are there to look up what the next tile needs
+constexpr int kUnderWay = kSums && TOKENS > 96 ? 2 : 4;  // products of a warpgroup at a time
 constexpr int kLowRow = 64;  // bytes of a row of the low-rank branch in a stage, 32 of its rank
-constexpr int kAccumulators = TOKENS / 2;
 constexpr int kScaled = SEGMENTED || SPLIT > 1 ? kMaxSegments : 1;  // segments whose scales are looked at
 constexpr int kTable = (kScaled + (ELEMENTS || EXTRAS ? 2 : 0)) * TOKENS;  // words of a warpgroup's tables
 constexpr int kScales = (TOKENS + 127) / 128;
@@ -58,12 +63,15 @@ constexpr int kScales = (TOKENS + 127) / 128;
 constexpr int kExchanged = TOKENS * kFeatures * 4;
 constexpr int kLowBytes = (kFeatures + TOKENS) * kLowRow;  // of 32 of the rank
 static_assert(SPLIT == 1 || kExchanged + RANK * kLowBytes <= STAGES * kStageBytes, "no room to exchange");
-// In shared memory, after the stages and what is stored: the tables, the barriers (of each stage two, and with SPLIT one of
-// the low-rank branch), the multipliers.
-constexpr int kTables = STAGES * kStageBytes + WARPGROUPS * kStoreBytes;
+// In shared memory, after the stages and what is stored: sums, the tables, the barriers (of each stage two, and with SPLIT
+// one of the low-rank branch), the multipliers.
+constexpr int kSumsAt = STAGES * kStageBytes + WARPGROUPS * kStoreBytes;
+constexpr int kTables = kSumsAt + kSumBytes;
 constexpr int kBarriers = kTables + WARPGROUPS * kTable * 4;
 constexpr int kLowBarrier = kBarriers + 16 * STAGES;
 constexpr int kMultipliers = kLowBarrier + (SPLIT > 1 ? 8 : 0);
+
+constexpr bool kSeveral = IMAGE || SEGMENTED;  // there may be more than one segment
 
 struct Params {
     TensorMap weight, input, up, low, out;
@@ -74,7 +82,6 @@ struct Params {
     const void* bias;
     const void* shift;
     const void* residual;
-    float4* partial;
     void* elements;  // the output, where it is stored one by one
     unsigned long long early;  // whether weights may be read while the kernel before still runs
     int features, images, height, width;  // of the output
@@ -97,8 +104,9 @@ struct Walk {
         chunks = (blocks + 3) / 4;
         chunk = stage, block = 4 * stage;
         channel = tap_h = tap_w = 0;
+        for (int s = 0; kSeveral && s < segment; ++s) channel += p.channels[s];
+        if (!IMAGE) block += channel / 32;
         if (!IMAGE) return;
-        for (int s = 0; s < segment; ++s) channel += p.channels[s];
         const int tap = SPLIT > 1 ? stage / chunks : 0;  // a block that is alone begins with the first
         chunk = stage - tap * chunks;
         block = channel / 32 * p.taps + tap * blocks + 4 * chunk;
@@ -124,9 +132,9 @@ struct Share {
     int first_segment, end_segment, part, parts;
 
     __device__ explicit Share(const Params& p) {
-        first_segment = 0, end_segment = IMAGE ? p.segments : 1, part = 0, parts = SPLIT;
+        first_segment = 0, end_segment = kSeveral ? p.segments : 1, part = 0, parts = SPLIT;
         if (SPLIT > 1) part = cluster_rank();
-        if (SPLIT > 1 && IMAGE) {
+        if (SPLIT > 1 && kSeveral) {
             while (part >= p.parts[first_segment]) part -= p.parts[first_segment++];
             parts = p.parts[first_segment];
             end_segment = first_segment + 1;
@@ -330,7 +338,7 @@ __device__ __forceinline__ float input_scale(const Params& p, const Tile& tile, 
     tile.pixel(p, position % TOKENS, b, h, w);
     int item = IMAGE ? min(b, p.images - 1) : min(w, p.width - 1);
     if (p.rows_per_scale > 1) item /= p.rows_per_scale;
-    return __ldg(p.input_scale + item * (IMAGE ? p.segments : 1) + position / TOKENS);
+    return __ldg(p.input_scale + item * (kSeveral ? p.segments : 1) + position / TOKENS);
 }
 
 __device__ __forceinline__ float to_float(unsigned accumulator) { return static_cast<float>(static_cast<int>(accumulator)); }
@@ -360,8 +368,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
     // Results on their way to the copy engine: rows of 64 features, whose pieces of 16 bytes are swapped.
     const unsigned store = stages + STAGES * kStageBytes + group * kStoreBytes;
     const unsigned my_store = (lane / 16 * 8 + lane % 8) * 128 + ((2 * (warp % 4) + lane / 8 % 2) ^ lane % 8) * 16;
-    float4* const partial =
-        p.partial + static_cast<long long>(WARPGROUPS * blockIdx.x + group) * (kAccumulators / 4) * 128 + threadIdx.x % 128;
+    float4* const shared_sums = reinterpret_cast<float4*>(shared + kSumsAt) + threadIdx.x;
     // Integers on their way to the cluster's other blocks: of four accumulators after the other, 16 bytes a thread.
     const unsigned exchanged = threadIdx.x * 16;
     constexpr unsigned kStep = kConsumers * 16;
@@ -397,7 +404,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
         after.next(p);
         const int first_feature = position.feature() + group * 64;
         unsigned acc[kAccumulators];
-        float sum[kKeepsSums ? kAccumulators : 4];  // of the segments that are complete
+        float sum[kRegisterSums];  // of the segments that are complete
 
         if (first_feature >= p.features) {  // nothing of this warpgroup's is in the output: keep the pipeline going
             for (int segment = share.first_segment; segment < share.end_segment; ++segment) {
@@ -495,14 +502,15 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
         };
         auto four = [&](int j) { return make_uint4(acc[j], acc[j + 1], acc[j + 2], acc[j + 3]); };
         auto sum_before = [&](int j) {
-            return kKeepsSums ? make_float4(sum[j], sum[j + 1], sum[j + 2], sum[j + 3]) : partial[j / 4 * 128];
+            if (j < kRegisterSums) return make_float4(sum[j], sum[j + 1], sum[j + 2], sum[j + 3]);
+            return shared_sums[(j - kRegisterSums) / 4 * kConsumers];
         };
 
         bool add = false;
         for (int segment = share.first_segment; segment < share.end_segment; ++segment) {
             int first, end;
             share.stages(p, segment, first, end);
-            if (SEGMENTED) add = false;  // the one before is in float32 by now
+            if (kSums) add = false;  // the one before is in float32 by now
             Walk walk(p, segment, first);
             // kUnderWay products are under way at a time, one of each block: a block's fragments are unpacked as soon as the
             // product that many blocks before, which read the same registers, is done. Blocks past the end of a tap are zeros:
@@ -529,19 +537,19 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 ring.next();
                 walk.next(p);
             }
-            if (!SEGMENTED && SPLIT == 1) share_tables();  // while the last products are under way
+            if (!kSums && SPLIT == 1) share_tables();  // while the last products are under way
             wgmma_wait<0>();
             if (first < end) release(before);
-            if (SEGMENTED && segment + 1 < p.segments) {
+            if (kSums && segment + 1 < p.segments) {
                 if (segment == 0) share_tables();
 #pragma unroll
                 for (int j = 0; j < kAccumulators; j += 4) {
                     float4 y = scaled(four(j), j, segment);
                     if (segment > 0) y = add4(sum_before(j), y);
-                    if (kKeepsSums)
+                    if (j < kRegisterSums)
                         sum[j] = y.x, sum[j + 1] = y.y, sum[j + 2] = y.z, sum[j + 3] = y.w;
                     else
-                        partial[j / 4 * 128] = y;
+                        shared_sums[(j - kRegisterSums) / 4 * kConsumers] = y;
                 }
             }
         }
@@ -631,8 +639,8 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                     y = segment > 0 ? add4(y, done) : done;
                 } else {
                     total[j / 4] = four(first + j);
-                    y = scaled(total[j / 4], first + j, SEGMENTED ? p.segments - 1 : 0);
-                    if (SEGMENTED) y = add4(sum_before(first + j), y);
+                    y = scaled(total[j / 4], first + j, kSums ? p.segments - 1 : 0);
+                    if (kSums) y = add4(sum_before(first + j), y);
                 }
                 v[j] = __fadd_rn(__fmul_rn(y.x, factor[0]), bias[0]);
                 v[j + 1] = __fadd_rn(__fmul_rn(y.y, factor[0]), bias[0]);

@@ -135,7 +135,7 @@ def conv2d(
     columns = (width + 2 * padding[1] - kernel[1]) // stride[1] + 1
     shape = (batch, n, rows, columns)
     out = torch.empty(shape, dtype=out_dtype, device=x_codes.device, memory_format=torch.channels_last)
-    if is_pointwise(kernel, stride, padding, widths) and shift is None:  # one row of all pixels
+    if is_pointwise(kernel, stride, padding) and shift is None:  # one row of all pixels
         batch, height, width, rows, columns = 1, 1, batch * height * width, 1, batch * rows * columns
     problem = Problem(
         x=dense(nhwc),

@@ -53,6 +53,8 @@ TILES = [
 
 def fits(tile: Tile, problem: Problem) -> bool:
     """Whether the tile can compute the problem at all."""
+    if len(problem.segments) > 1 and not _takes_segments(tile):
+        return False
     # The low-rank branch is in the pipeline as a whole, at worst beside 8-bit weights; or beside what is exchanged.
     pieces = 0 if problem.up is None else -(-problem.up.shape[1] // _RANKS)
     if tile.split == 1:
@@ -74,7 +76,7 @@ def guess(problem: Problem) -> Tile:
     multiprocessors = _cupy.multiprocessors(p.x.device)
 
     def cycles(tile: Tile) -> float:
-        w, h, n = _box(tile, p.B, p.OH, p.OW, p.stride)
+        w, h, n = _box(tile, p.B, p.OH, p.OW, p.stride, len(p.segments) > 1 and tile.split == 1)
         tiles = -(-p.OW // w) * -(-p.OH // h) * -(-p.B // n) * -(-p.N // tile.features)
         waves = -(-tiles * tile.split // multiprocessors)
         stage = tile.groups * max(260 + 0.6 * tile.tokens, 2 * tile.tokens)
@@ -109,10 +111,22 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
-def _stored(tile: Tile) -> int:
-    """How many tokens of a tile are stored at once: few of the largest one, whose pipeline needs the room; of a
+def _stored(tile: Tile, segmented: bool) -> int:
+    """How many tokens of a tile are stored at once: few of the largest ones, whose pipeline needs the room; of a
     cluster's, what a block does at a time."""
-    return 16 if tile.split > 1 else 64 if tile.tokens > 192 else tile.tokens
+    return 16 if tile.split > 1 else 64 if tile.tokens > (160 if segmented else 192) else tile.tokens
+
+
+def _takes_segments(tile: Tile) -> bool:
+    """Whether there is room for the sums of segments that are complete; a cluster's blocks do one segment each."""
+    return tile.split > 1 or tile.tokens <= (192 if tile.groups == 2 else 128)
+
+
+def _sums(tile: Tile, weight: int, extras: bool) -> int:
+    """Bytes of shared memory for what the registers do not have of the sums of segments."""
+    accumulators = tile.tokens // 2
+    both = accumulators + 8 if tile.groups > 2 else 112 if weight == 5 or (extras and tile.tokens == 160) else 128
+    return 4 * 128 * tile.groups * max(0, 2 * accumulators - both)
 
 
 def _stage(tile: Tile, weight: int) -> int:
@@ -123,11 +137,13 @@ def _stage(tile: Tile, weight: int) -> int:
 def _shared(tile: Tile, weight: int, segmented: bool, elements: bool, extras: bool) -> tuple[int, int]:
     """As deep a pipeline as fits, to eight stages, and the bytes of shared memory that it makes."""
     tables = tile.groups * ((4 if segmented or tile.split > 1 else 1) + 2 * (elements or extras)) * tile.tokens * 4
-    buffers = 2 if tile.split == 1 and _stored(tile) < tile.tokens else 1
-    stores = 0 if elements else tile.groups * buffers * _stored(tile) * 128
+    sums = _sums(tile, weight, extras) if segmented and tile.split == 1 else 0
+    stored = _stored(tile, segmented)
+    buffers = 2 if tile.split == 1 and stored < tile.tokens else 1
+    stores = 0 if elements else tile.groups * buffers * stored * 128
     beside = 16 + (4 * tile.features if weight == 4 else 0)  # barriers and multipliers
     stage = _stage(tile, weight) + beside
-    rest = tables + stores + 8  # a barrier more
+    rest = sums + tables + stores + 8  # a barrier more
     depth = min(8, (_SHARED_LIMIT - rest) // stage)
     return depth, depth * stage + rest
 
@@ -159,12 +175,12 @@ class _Plan(NamedTuple):
     shared_bytes: int
     integers: bytes  # the tail of the kernel's parameters
     box: tuple[int, int, int]  # columns, rows and images of a tile
-    partial: int  # bytes of workspace
+    stored: tuple[int, int, int]  # and of what is stored at once
 
 
 # The kernel's parameters: tensor maps, pointers and whether to read weights early; then integers.
-_MAPS_AND_POINTERS = struct.Struct("128s128s128s128s128s10Q")
-_INTEGERS = struct.Struct("31i52x")  # to a multiple of 64 bytes, as the tensor maps make the struct
+_MAPS_AND_POINTERS = struct.Struct("128s128s128s128s128s9Q")
+_INTEGERS = struct.Struct("31i60x")  # to a multiple of 64 bytes, as the tensor maps make the struct
 _NO_MAP = bytes(128)
 
 
@@ -187,13 +203,15 @@ def _plan(
     elements: bool,
     extras: bool,
 ) -> _Plan:
-    box = _box(tile, images, height, width, stride)
+    out, bias, shift, low = dtypes
+    several = len(segments) > 1 and out != 3
+    linear = images == 1 and height == 1 and is_pointwise(kernel, stride, padding) and (several or len(segments) == 1)
+    segmented = several and (tile.split == 1 or linear)  # by blocks that do more than one, or not as images
+    box = _box(tile, images, height, width, stride, segmented)
     tiles_w, tiles_h, tiles_b = (-(-size // part) for size, part in zip((width, height, images), box))
     feature_tiles = -(-features // tile.features)
     tiles = tiles_w * tiles_h * tiles_b * feature_tiles
-    linear = images == 1 and height == 1 and is_pointwise(kernel, stride, padding, segments)
     items = width if linear else images
-    out, bias, shift, low = dtypes
     none = [0] * (MAX_SEGMENTS - len(segments))
     stages = _stages(segments, kernel)
     integers = _INTEGERS.pack(
@@ -206,7 +224,6 @@ def _plan(
         *((sum(segments) * kernel[0] * kernel[1] // 32 + 1) // 2,),
         *(int(out == 3), bias, shift),
     )
-    segmented = tile.split == 1 and len(segments) > 1 and out != 3
     source = _cupy.kernel(
         "gemm_wgmma", _defines(tile, weight, -(-rank // _RANKS), low, not linear, segmented, out % 3, elements, extras)
     )
@@ -217,13 +234,13 @@ def _plan(
         _shared(tile, weight, segmented, elements, extras)[1],
         integers,
         box,
-        blocks * tile.tokens * tile.features * 4
-        if segmented and (tile.groups > 2 or tile.tokens > (96 if weight == 5 else 128))
-        else 0,
+        _stored_box(tile, box, segmented),
     )
 
 
-def _box(tile: Tile, images: int, height: int, width: int, stride: tuple[int, int]) -> tuple[int, int, int]:
+def _box(
+    tile: Tile, images: int, height: int, width: int, stride: tuple[int, int], segmented: bool
+) -> tuple[int, int, int]:
     """The box of columns x rows x images with the tile's pixels that covers the output with the fewest boxes.
 
     Among equals the widest, whose rows are the longest runs in memory. The copy engine takes 256 of each dimension, the
@@ -237,19 +254,19 @@ def _box(tile: Tile, images: int, height: int, width: int, stride: tuple[int, in
         for h in range(min(tokens // w, 256 // stride[0]), 0, -1)
         if tokens % (w * h) == 0 and w * h % 8 == 0
         for box in [(w, h, tokens // (w * h))]
-        if math.prod(_stored_box(tile, box)) == _stored(tile)
+        if math.prod(_stored_box(tile, box, segmented)) == _stored(tile, segmented)
     ]
     if images == 1 and height == 1:  # tokens of a linear layer are in a row
         return boxes[0]
     return min(boxes, key=lambda box: -(-width // box[0]) * -(-height // box[1]) * -(-images // box[2]))
 
 
-def _stored_box(tile: Tile, box: tuple[int, int, int]) -> tuple[int, int, int]:
+def _stored_box(tile: Tile, box: tuple[int, int, int], segmented: bool) -> tuple[int, int, int]:
     """The box of a tile's first tokens, as many as are stored at once; smaller where those are no box."""
-    w, h, n = box
-    columns = math.gcd(w, _stored(tile))
-    rows = math.gcd(h, _stored(tile) // columns) if columns == w else 1
-    return columns, rows, math.gcd(n, _stored(tile) // (columns * rows)) if rows == h and columns == w else 1
+    (w, h, n), stored = box, _stored(tile, segmented)
+    columns = math.gcd(w, stored)
+    rows = math.gcd(h, stored // columns) if columns == w else 1
+    return columns, rows, math.gcd(n, stored // (columns * rows)) if rows == h and columns == w else 1
 
 
 def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
@@ -309,7 +326,7 @@ def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
     if not elements:
         r = 2 * n
         sizes, strides = (r, p.OW, p.OH, p.B), (r, r * p.OW, r * p.OW * p.OH)
-        out_maps = _maps_of(sizes, strides, (128, *_stored_box(tile, plan.box)), (1, 1, 1, 1), 3)
+        out_maps = _maps_of(sizes, strides, (128, *plan.stored), (1, 1, 1, 1), 3)
 
     start = plan.kernel.launcher(
         plan.grid, 128 * (tile.groups + 1), plan.shared_bytes, _MAPS_AND_POINTERS, plan.integers
@@ -319,17 +336,13 @@ def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
         x, codes, multipliers, codebook, scale, bias, shift, residual, x_scale, x_low, up, out = places
         if plain:
             bias = shift = residual = 0
-        # Sums of the segments that are done, in float32: what does not fit the registers beside the accumulators.
-        partial = torch.empty(plan.partial, dtype=torch.uint8, device=device) if plan.partial else None
         start(
             weight_maps[codes],
             input_maps[x],
             _NO_MAP if up_maps is None else up_maps[up],
             _NO_MAP if low_maps is None else low_maps[x_low],
             _NO_MAP if out_maps is None else out_maps[out],
-            *(multipliers, codebook, scale, x_scale, bias, shift, residual),
-            0 if partial is None else partial.data_ptr(),
-            *(out, early),
+            *(multipliers, codebook, scale, x_scale, bias, shift, residual, out, early),
         )
 
     return run
@@ -406,8 +419,10 @@ VARIANTS = [
         (0, 0, True, False, 0, True, True),
         (4, 1, False, False, 1, True, False),
         (1, 1, False, False, 1, False, False),
+        (0, 0, False, True, 1, False, False),
     )
-    if (weight == 4 or tile in (Tile(256), Tile(128), Tile(64, 4)))
-    and (not (rank or segmented or elements) or tile in (Tile(256), Tile(160), Tile(128), Tile(128, 8), Tile(64, 4)))
-    and not (segmented and tile.split > 1)
+    if (weight == 4 or tile in (Tile(256), Tile(192), Tile(128), Tile(64, 4)))
+    and (not (rank or elements) or tile in (Tile(256), Tile(160), Tile(128), Tile(128, 8), Tile(64, 4)))
+    and not (segmented and not _takes_segments(tile))
+    and not (segmented and image and tile.split > 1)
 ]

@@ -85,6 +85,14 @@ LINEAR = {
     "rank 48, 128 tokens, four blocks": Case(
         WIDE_QUARTERS, n=132, segments=(320,), size=(1, 1, 100), rank=48, low_dtype=BF16
     ),
+    "two segments": Case(
+        ODD, n=132, segments=(64, 160), size=(1, 1, 240), scale_rows=4, residual=True, multiprocessors=1
+    ),
+    "two segments, 192 tokens": Case(
+        Tile(192), n=260, segments=(160, 96), size=(1, 1, 400), scale_rows=2, multiprocessors=1
+    ),
+    "two segments, two blocks": Case(HALVES, n=136, segments=(64, 160), size=(1, 1, 90), scale_rows=3),
+    "three segments, four blocks": Case(QUARTERS, n=36, segments=(32, 160, 64), size=(1, 1, 30), scale_rows=30),
     "float32": Case(ODD, n=131, segments=(320,), size=(1, 1, 100), scale_rows=100, out_dtype=torch.float32),
     "float32, residual": Case(
         ODD, n=131, segments=(64,), size=(1, 1, 100), scale_rows=100, residual=True, out_dtype=torch.float32
@@ -128,6 +136,10 @@ CONVOLUTIONS = {
     "four segments, more than 128 tokens": Case(
         Tile(160), n=36, segments=(32, 160, 64, 32), size=(3, 9, 7), scale_rows=3, multiprocessors=1, **THREE
     ),
+    "four segments, 192 tokens": Case(
+        Tile(192), n=36, segments=(32, 160, 64, 32), size=(3, 9, 8), scale_rows=3, residual=True, **THREE
+    ),
+    "two segments, 160 tokens, codebook": Case(Tile(160), n=68, segments=(64, 32), size=(2, 9, 9), weight=5),
     "192 features, two segments": Case(
         LARGE, n=260, segments=(64, 96), size=(2, 9, 8), scale_rows=2, shift=True, multiprocessors=1, **THREE
     ),
