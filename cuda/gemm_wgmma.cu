@@ -53,7 +53,7 @@ constexpr int kInputBytes = TOKENS * 128;
 constexpr int kStageBytes = kWeightBytes + kInputBytes;
 constexpr int kMultiplierBytes = WEIGHT == 4 ? 4 * kFeatures : 0;  // of a stage: one for each row and block of 32
 constexpr int kMaxSegments = 4;
-constexpr bool kAhead = !kSums;  // registers are there to look up what the next tile needs
+constexpr bool kAhead = !kSums && SPLIT == 1;  // registers are there to look up what the next tile needs
 constexpr int kUnderWay = kSums && TOKENS > 96 ? 2 : 4;  // products of a warpgroup at a time
 constexpr int kLowRow = 64;  // bytes of a row of the low-rank branch in a stage, 32 of its rank
 constexpr int kScaled = SEGMENTED || SPLIT > 1 ? kMaxSegments : 1;  // segments whose scales are looked at
@@ -155,12 +155,16 @@ struct Position {
     __device__ explicit Position(const Params& p) {
         index = blockIdx.x / SPLIT;
         box = index / p.feature_tiles, features = index % p.feature_tiles;
-        boxes = gridDim.x / SPLIT / p.feature_tiles, more_features = gridDim.x / SPLIT % p.feature_tiles;
+        boxes = gridDim.x / p.feature_tiles, more_features = gridDim.x % p.feature_tiles;
     }
     __device__ bool inside(const Params& p) const { return index < p.tiles; }
     __device__ int feature() const { return features * kFeatures; }
     __device__ void next(const Params& p) {
-        index += gridDim.x / SPLIT;
+        if (SPLIT > 1) {  // a cluster has one
+            index = p.tiles;
+            return;
+        }
+        index += gridDim.x;
         box += boxes, features += more_features;
         if (features >= p.feature_tiles) features -= p.feature_tiles, ++box;
     }
@@ -458,6 +462,8 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
             named_barrier(1 + group, 128);
         };
 
+        if (SPLIT > 1) share_tables();  // a cluster has one tile
+
         // The packed words of a stage, as soon as it is there; and the A fragments of a block of 32, unpacked from them.
         unsigned words[4][2], multipliers[2];
         auto word_at = [&](int stage, int i, int piece) {
@@ -571,7 +577,6 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
 #pragma unroll
             for (int j = 0; j < kAccumulators; j += 4)
                 *reinterpret_cast<uint4*>(shared + exchanged + j / 4 * kStep) = four(j);
-            share_tables();
             cluster_sync();
             if (RANK) barrier_wait(stages + kLowBarrier, 0);
         }

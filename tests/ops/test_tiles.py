@@ -166,11 +166,14 @@ def test_problems_that_differ_have_names_that_differ(setup, monkeypatch):
     assert len(setup.measured) == len(json.loads(setup.own.read_text())) == len(changes)
 
 
-def test_shipped_tables_name_tiles_that_exist():
-    names = {kernels.NAME: {tile.name for tile in kernels.TILES} for kernels in (_gemm_mma, _gemm_wgmma)}
+def test_shipped_tables_name_tiles_that_can_be_used():
+    kernels = {one.NAME: one for one in (_gemm_mma, _gemm_wgmma)}
     for path in _tiles._shipped((9, 0)).parent.glob("*.json"):
         for text, name in json.loads(path.read_text(encoding="utf-8")).items():
-            assert name in names[text.split()[0]], f"{path.name}: {text}"
+            kernel, _, segments, *_ = text.split()
+            problem = SimpleNamespace(segments=tuple(map(int, segments.split("+"))), up=None)
+            fitting = [tile.name for tile in kernels[kernel].TILES if kernels[kernel].fits(tile, problem)]
+            assert name in fitting, f"{path.name}: {text}"
 
 
 # Images, height and width of the output, and the stride.
@@ -208,11 +211,12 @@ def runs_are_boxes(box, size):
 
 
 @pytest.mark.parametrize("tile", _gemm_wgmma.TILES, ids=lambda tile: tile.name)
+@pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("output", OUTPUTS, ids=str)
-def test_box(output, tile):
+def test_box(output, segmented, tile):
     images, height, width, stride = output
     tokens = tile.tokens
-    w, h, n = box = _gemm_wgmma._box(tile, images, height, width, stride)
+    w, h, n = box = _gemm_wgmma._box(tile, images, height, width, stride, segmented)
     assert w * h * n == tokens
     assert w * h % 8 == 0
     assert max(w * stride[1], h * stride[0], n) <= 256
@@ -225,9 +229,9 @@ def test_box(output, tile):
         for a, b in itertools.product(divisors, divisors)
         if tokens % (a * b) == 0 and a * b % 8 == 0 and a * stride[1] <= 256 and b * stride[0] <= 256
     ]
-    stored = _gemm_wgmma._stored(tile)
+    stored = _gemm_wgmma._stored(tile, segmented)
     allowed = [other for other in allowed if runs_are_boxes(other, stored)]
-    assert math.prod(_gemm_wgmma._stored_box(tile, box)) == stored
+    assert math.prod(_gemm_wgmma._stored_box(tile, box, segmented)) == stored
     fewest = min(boxes_of(output, other) for other in allowed)
     assert boxes_of(output, box) == fewest
     assert w == max(other[0] for other in allowed if boxes_of(output, other) == fewest)
