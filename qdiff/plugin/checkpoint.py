@@ -259,8 +259,8 @@ def _load_denoiser(folder: Path, manifest: dict[str, Any], class_name: str) -> n
     install(denoiser, layers, QuantizationRecord(recipe, plans, dict(manifest["kept"]), tracker))
     check_probabilities(denoiser, recipe.probabilities)
     quantize_probabilities(denoiser, recipe.probabilities)
-    fuse_blocks(denoiser)
     _assign(denoiser, load_file(part / TENSORS))
+    fuse_blocks(denoiser)
     return denoiser.eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from qdiff.layers import QuantLinear
 from qdiff.layers.norm_vectors import has_vectors_of, norm_vectors
 from qdiff.layers.quant_linear import FEW_ROWS
+from qdiff.layers.side_by_side import lay_side_by_side, side_by_side
 from qdiff.ops import quantize_layer_norm
 from qdiff.plugin.fused_feed_forward import FusedFeedForward
 from qdiff.plugin.plain import are_plain, drops_nothing, is_inference
@@ -44,6 +46,18 @@ class FusedTransformerBlock(BasicTransformerBlock):
             x = _attend(own["attn2"], _quantized(own["norm2"], x), context, x)
         return own["ff"].forward_quantized(*_quantized(own["norm3"], x), x)  # type: ignore[no-any-return]
 
+    def lay_out(self) -> None:
+        """Make one product of the layers of an attention that have one input, where they are alike."""
+        for name, attention in self._modules.items():
+            if name in ("attn1", "attn2") and type(attention) is Attention:
+                layers = (attention.to_k, attention.to_v)
+                lay_side_by_side(layers if attention.is_cross_attention else (attention.to_q, *layers))
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FusedTransformerBlock:
+        super()._apply(fn, recurse)
+        self.lay_out()
+        return self
+
     def _fuses(self, own: dict[str, Any], x: Tensor, context: Tensor | None) -> bool:
         if not is_inference(x) or x.dim() != 3 or x.shape[0] * x.shape[1] <= FEW_ROWS:
             return False
@@ -74,14 +88,24 @@ def _attend(attention: Attention, tokens: _Codes, context: Tensor | None, residu
     """residual + the attention of tokens to a context, or to themselves, as `AttnProcessor2_0` computes it."""
     own: dict[str, Any] = attention._modules
     batch, heads, dtype = residual.shape[0], attention.heads, residual.dtype
-    query = own["to_q"].forward_quantized(*tokens, dtype)
+
+    def of_tokens(layer: QuantLinear) -> Tensor:
+        return layer.forward_quantized(*tokens, dtype)
+
     if context is None:
-        key, value = (own[name].forward_quantized(*tokens, dtype) for name in ("to_k", "to_v"))
+        query, key, value = _results((own["to_q"], own["to_k"], own["to_v"]), of_tokens)
     else:
-        key, value = own["to_k"](context), own["to_v"](context)
-    parts = [part.view(batch, -1, heads, part.shape[-1] // heads).transpose(1, 2) for part in (query, key, value)]
+        query = of_tokens(own["to_q"])
+        key, value = _results((own["to_k"], own["to_v"]), lambda layer: layer(context))
+    parts: Any = [part.view(batch, -1, heads, part.shape[-1] // heads).transpose(1, 2) for part in (query, key, value)]
     mixed = F.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(query.shape)
     return own["to_out"]._modules["0"].forward_activated(mixed, "none", residual)  # type: ignore[no-any-return]
+
+
+def _results(layers: Sequence[QuantLinear], call: Callable[[QuantLinear], Tensor]) -> Sequence[Tensor]:
+    """What each layer makes of one input: as one product where they are alike."""
+    whole = side_by_side(layers)
+    return [call(layer) for layer in layers] if whole is None else call(whole).chunk(len(layers), dim=-1)
 
 
 def _is_norm(module: nn.Module, x: Tensor) -> bool:
