@@ -107,6 +107,10 @@ class QuantLinear(WeightBuffers, nn.Linear):
         added = own["bias"], own["up"], x.dtype, activation, residual
         return dynamic_linear(x, own["smooth"], own["down"], *weights, *added)
 
+    def takes_codes_of(self, x: Tensor) -> bool:
+        """Whether self(x) is `forward_quantized` of what `quantize_per_token` makes of x."""
+        return self.takes_quantized and x.numel() > self._most_float
+
     def forward_quantized(
         self, codes: Tensor, scale: Tensor, dtype: torch.dtype, residual: Tensor | None = None
     ) -> Tensor:

@@ -17,6 +17,7 @@ from qdiff.layers.side_by_side import lay_side_by_side, side_by_side
 from qdiff.ops import quantize_layer_norm
 from qdiff.plugin.fused_feed_forward import FusedFeedForward
 from qdiff.plugin.plain import are_plain, drops_nothing, is_inference
+from qdiff.plugin.text_codes import text_codes
 
 _Codes = tuple[Tensor, Tensor]  # and their scales
 
@@ -96,7 +97,12 @@ def _attend(attention: Attention, tokens: _Codes, context: Tensor | None, residu
         query, key, value = _results((own["to_q"], own["to_k"], own["to_v"]), of_tokens)
     else:
         query = of_tokens(own["to_q"])
-        key, value = _results((own["to_k"], own["to_v"]), lambda layer: layer(context))
+        layers = own["to_k"], own["to_v"]
+        if all(layer.takes_codes_of(context) for layer in layers):
+            text = text_codes(context)
+            key, value = _results(layers, lambda layer: layer.forward_quantized(*text, context.dtype))
+        else:
+            key, value = (layer(context) for layer in layers)
     parts: Any = [part.view(batch, -1, heads, part.shape[-1] // heads).transpose(1, 2) for part in (query, key, value)]
     mixed = F.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(query.shape)
     return own["to_out"]._modules["0"].forward_activated(mixed, "none", residual)  # type: ignore[no-any-return]

@@ -10,14 +10,21 @@ from torch import Tensor
 
 from qdiff.layers import QuantLinear
 from qdiff.plugin.plain import are_plain, is_inference
+from qdiff.plugin.text_codes import quantized_once
 
 
 class FusedTransformer2D(Transformer2DModel):
-    """diffusers' model, whose end leaves an image in channels-last order where it has read one so.
+    """diffusers' model, whose blocks share a text's codes, and whose end leaves an image in the order in which it came.
 
     diffusers copies the image into the other order and adds the residual to that. The last layer adds it instead, if it
     is one of ours that nobody listens to: rounded together with its product and not once more.
     """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        with quantized_once():
+            return super().forward(*args, **kwargs)
 
     def _get_output_for_continuous_inputs(
         self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int

@@ -131,8 +131,10 @@ def test_is_the_unfused_block(options, fused):
     # In float32 the additions round as the modules' do.
     assert torch.equal(block(**given), expected)
     activation = options.get("activation_fn", "geglu").replace("-approximate", "_tanh")
-    # Queries, keys and values of the same tokens are one product; those of a text are not ours to count.
-    attentions = ["quantized", "none"] * (1 if block.attn2 is None else 2)
+    # Queries, keys and values of the same tokens are one product, and so are keys and values of a text.
+    attentions = ["quantized", "none"]
+    if block.attn2 is not None:
+        attentions += ["quantized"] * (1 if given["encoder_hidden_states"] is None else 2) + ["none"]
     assert fused == [*attentions, "quantized", activation]
     # What diffusers' UNets hand on besides.
     more = {
@@ -153,12 +155,12 @@ def test_queries_keys_and_values_are_one_product(fused):
         return fused.count("quantized")
 
     expected = block(**given)
-    assert products(block) == 3  # and the queries for the text, and the first of the feed-forward
+    assert products(block) == 4  # with queries for the text, its keys and values, and the first of the feed-forward
     again = copy.deepcopy(block)
-    assert products(again) == 5  # a copy's weights lie apart
-    assert products(again.to(torch.float32)) == 3  # until it is moved
+    assert products(again) == 7  # a copy's weights lie apart
+    assert products(again.to(torch.float32)) == 4  # until it is moved
     again.attn1.to_k.scale = again.attn1.to_k.scale.clone()
-    assert products(again) == 5
+    assert products(again) == 6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
