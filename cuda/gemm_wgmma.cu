@@ -105,8 +105,10 @@ struct Walk {
         chunk = stage, block = 4 * stage;
         channel = tap_h = tap_w = 0;
         for (int s = 0; kSeveral && s < segment; ++s) channel += p.channels[s];
-        if (!IMAGE) block += channel / 32;
-        if (!IMAGE) return;
+        if (!IMAGE) {
+            block += channel / 32;
+            return;
+        }
         const int tap = SPLIT > 1 ? stage / chunks : 0;  // a block that is alone begins with the first
         chunk = stage - tap * chunks;
         block = channel / 32 * p.taps + tap * blocks + 4 * chunk;

@@ -45,14 +45,18 @@ def side_by_side(layers: Sequence[QuantLinear]) -> QuantLinear | None:
     found = _known.get(id(layers[0]._buffers["codes"]))
     if found is None:
         return None
-    parts = [layer._buffers[name] for layer in layers for name in _NAMES]
+    parts = _parts(layers)
     same = len(parts) == len(found[0]) and all(reference() is part for reference, part in zip(found[0], parts))
     return found[1] if same else None
 
 
+def _parts(layers: Sequence[QuantLinear]) -> list[Tensor | None]:
+    return [layer._buffers[name] for layer in layers for name in _NAMES]
+
+
 def _kind(layer: QuantLinear) -> list[object]:
-    buffers = [layer._buffers[name] for name in _NAMES]
-    return [layer.storage_block, *(None if part is None else (part.shape, part.dtype, part.device) for part in buffers)]
+    sizes = (None if part is None else (part.shape, part.dtype, part.device) for part in _parts([layer]))
+    return [layer.storage_block, *sizes]
 
 
 def _lay_out(layers: Sequence[QuantLinear]) -> None:
@@ -76,9 +80,10 @@ def _lay_out(layers: Sequence[QuantLinear]) -> None:
 
 def _remember(layers: Sequence[QuantLinear], whole: QuantLinear) -> None:
     # Weakly: where the layers' buffers go, so does what they are views of.
-    codes, *rest = (layer._buffers[name] for layer in layers for name in _NAMES)
-    key, references = id(codes), [_none if part is None else ref(part) for part in rest]
-    _known[key] = [ref(layers[0].codes, partial(_gone, key)), *references], whole
+    codes = layers[0].codes
+    references: list[Callable[[], Tensor | None]] = [_none if part is None else ref(part) for part in _parts(layers)]
+    references[0] = ref(codes, partial(_gone, id(codes)))
+    _known[id(codes)] = references, whole
 
 
 def _none() -> None:

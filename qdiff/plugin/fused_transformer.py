@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -89,29 +90,26 @@ def _attend(attention: Attention, tokens: _Codes, context: Tensor | None, residu
     """residual + the attention of tokens to a context, or to themselves, as `AttnProcessor2_0` computes it."""
     own: dict[str, Any] = attention._modules
     batch, heads, dtype = residual.shape[0], attention.heads, residual.dtype
-
-    def of_tokens(layer: QuantLinear) -> Tensor:
-        return layer.forward_quantized(*tokens, dtype)
-
+    others = own["to_k"], own["to_v"]
     if context is None:
-        query, key, value = _results((own["to_q"], own["to_k"], own["to_v"]), of_tokens)
+        query, key, value = _products((own["to_q"], *others), tokens, dtype)
     else:
-        query = of_tokens(own["to_q"])
-        layers = own["to_k"], own["to_v"]
-        if all(layer.takes_codes_of(context) for layer in layers):
-            text = text_codes(context)
-            key, value = _results(layers, lambda layer: layer.forward_quantized(*text, context.dtype))
+        query = own["to_q"].forward_quantized(*tokens, dtype)
+        if all(layer.takes_codes_of(context) for layer in others):
+            key, value = _products(others, text_codes(context), context.dtype)
         else:
-            key, value = (layer(context) for layer in layers)
+            key, value = (layer(context) for layer in others)
     parts: Any = [part.view(batch, -1, heads, part.shape[-1] // heads).transpose(1, 2) for part in (query, key, value)]
     mixed = F.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(query.shape)
     return own["to_out"]._modules["0"].forward_activated(mixed, "none", residual)  # type: ignore[no-any-return]
 
 
-def _results(layers: Sequence[QuantLinear], call: Callable[[QuantLinear], Tensor]) -> Sequence[Tensor]:
-    """What each layer makes of one input: as one product where they are alike."""
+def _products(layers: Sequence[QuantLinear], tokens: _Codes, dtype: torch.dtype) -> Sequence[Tensor]:
+    """What each layer makes of the same tokens: in one product where their weights lie side by side."""
     whole = side_by_side(layers)
-    return [call(layer) for layer in layers] if whole is None else call(whole).chunk(len(layers), dim=-1)
+    if whole is None:
+        return [layer.forward_quantized(*tokens, dtype) for layer in layers]
+    return whole.forward_quantized(*tokens, dtype).chunk(len(layers), dim=-1)
 
 
 def _is_norm(module: nn.Module, x: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import pickle
 
@@ -12,54 +13,33 @@ from torch import nn
 
 from qdiff.layers import LayerSizes, QuantizedWeights, QuantLinear, stored_bytes
 from qdiff.layers.side_by_side import _known, lay_side_by_side, side_by_side
-from qdiff.numerics.two_level import fit_two_level, round_two_level
 from qdiff.ops import quantize_per_token
-from qdiff.recipe import LayerPlan, MethodSpec
 
 K, N = 64, 48
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
+@pytest.fixture
+def make_layer(make_plan, quantize):
+    """Factory of layers of random weights."""
+
+    def make(bias=True, features=N, codebook=False, smoothed=False, activation_bits=None, **options):
+        linear, plan = nn.Linear(K, features, bias=bias), make_plan("linear", (K,), group_size=32, **options)
+        if activation_bits is not None:
+            plan = dataclasses.replace(plan, activation_bits=activation_bits)
+        weights = quantize(linear.weight, plan, torch.rand(K) + 0.5 if smoothed else None)
+        if codebook:
+            codes = torch.randint(0, 16, (features, K), dtype=torch.int8)
+            table = torch.randint(-127, 128, (features, 16), dtype=torch.int8)
+            weights = QuantizedWeights(codes, None, weights.scale, codebook=table)
+        return QuantLinear.from_float(linear, plan, weights)
+
+    return make
 
 
-def plan(weight_bits=4, activation_bits=8, mode="dynamic", group_size=32):
-    return LayerPlan(
-        name="linear",
-        kind="linear",
-        weight_bits=weight_bits,
-        group_size=group_size,
-        granularity="group" if weight_bits == 4 else "channel",
-        activation_bits=activation_bits,
-        range_mode=mode,
-        range=MethodSpec("dynamic"),
-        transforms=(),
-        rounding=MethodSpec("nearest"),
-        segments=(K,),
-    )
-
-
-def layer(bits=4, bias=True, features=N, codebook=False, smoothed=False, **options):
-    linear = nn.Linear(K, features, bias=bias)
-    matrix, smooth = linear.weight.float(), torch.rand(K) + 0.5 if smoothed else None
-    if bits == 8:
-        scale = matrix.abs().amax(1) / 127
-        weights = QuantizedWeights((matrix / scale[:, None]).round().to(torch.int8), None, scale, smooth)
-    elif codebook:
-        table = torch.randint(-127, 128, (features, 16), dtype=torch.int8)
-        codes = torch.randint(0, 16, (features, K), dtype=torch.int8)
-        weights = QuantizedWeights(codes, None, torch.rand(features), smooth, codebook=table)
-    else:
-        scale, multipliers = fit_two_level(matrix, 32)
-        weights = QuantizedWeights(round_two_level(matrix, scale, multipliers, 32), multipliers, scale, smooth)
-    return QuantLinear.from_float(linear, plan(bits, **options), weights)
-
-
-def three(**options):
-    return [layer(**options) for _ in range(3)]
+@pytest.fixture
+def layers(make_layer):
+    """Three that are alike."""
+    return [make_layer() for _ in range(3)]
 
 
 def laid_out(layers):
@@ -72,8 +52,8 @@ def tokens(rows=40):
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"bits": 8}, {"codebook": True}], ids=str)
-def test_is_the_layers_one_after_the_other(options):
-    layers, x = three(**options), tokens()
+def test_is_the_layers_one_after_the_other(options, make_layer):
+    layers, x = [make_layer(**options) for _ in range(3)], tokens()
     codes, scale, _ = quantize_per_token(x, None, None)
     expected = [one.forward_quantized(codes, scale, torch.float32) for one in layers]
     called = [one(x) for one in layers]
@@ -99,37 +79,35 @@ def test_is_the_layers_one_after_the_other(options):
         {"features": 32},
         {"smoothed": True},
         {"activation_bits": 6},
-        {"activation_bits": 16, "mode": "none"},
+        {"mode": "none"},
     ],
     ids=str,
 )
-def test_layers_that_are_not_alike(other):
-    layers = [layer(), layer(**other)]
+def test_layers_that_are_not_alike(other, make_layer):
+    layers = [make_layer(), make_layer(**other)]
     before = [one.codes for one in layers]
     assert laid_out(layers) is None
     assert all(one.codes is codes for one, codes in zip(layers, before))
 
 
-def test_modules_that_are_something_else():
-    layers = [layer(), nn.Sequential(layer())]
+def test_modules_that_are_something_else(make_layer):
+    layers = [make_layer(), nn.Sequential(make_layer())]
     lay_side_by_side(layers)
     assert layers[0].codes._base is None
 
 
-def test_rows_that_would_not_be_aligned():
-    assert laid_out([layer(features=24), layer(features=24)]) is None
+def test_rows_that_would_not_be_aligned(make_layer):
+    assert laid_out([make_layer(features=24), make_layer(features=24)]) is None
 
 
-def test_some_of_the_layers():
-    layers = three()
+def test_some_of_the_layers(layers):
     laid_out(layers)
     assert side_by_side(layers[:2]) is None
     assert side_by_side(layers[1:]) is None
 
 
-def test_what_is_loaded_into_a_layer():
-    layers, x = three(), tokens()
-    whole, other = laid_out(layers), layer()
+def test_what_is_loaded_into_a_layer(layers, make_layer):
+    x, whole, other = tokens(), laid_out(layers), make_layer()
     layers[1].load_state_dict(other.state_dict())
     assert side_by_side(layers) is whole
     assert torch.equal(whole(x).chunk(3, dim=-1)[1], other(x))
@@ -145,17 +123,17 @@ MOVES = {
 
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
 @pytest.mark.parametrize("which", [0, 2])
-def test_buffers_that_are_replaced(move, which):
-    layers, x = three(), tokens()
+def test_buffers_that_are_replaced(move, which, layers):
+    x = tokens()
     laid_out(layers)
     move(layers[which])
     assert side_by_side(layers) is None
     assert torch.equal(laid_out(layers)(x), torch.cat([one(x) for one in layers], dim=-1))
 
 
-def test_goes_with_the_layers():
+def test_goes_with_the_layers(make_layer):
     before = len(_known)
-    layers = three()
+    layers = [make_layer() for _ in range(3)]
     laid_out(layers)
     assert len(_known) == before + 1
     # As where layers move to another device: nothing may hold what they had.
@@ -168,8 +146,8 @@ def test_goes_with_the_layers():
     assert len(_known) == before
 
 
-def test_copies_are_layers_of_their_own():
-    layers, x = three(), tokens()
+def test_copies_are_layers_of_their_own(layers):
+    x = tokens()
     expected = laid_out(layers)(x)
     for copied in (copy.deepcopy(layers), pickle.loads(pickle.dumps(layers))):
         assert side_by_side(copied) is None
@@ -178,22 +156,20 @@ def test_copies_are_layers_of_their_own():
         assert torch.equal(side_by_side(layers)(x), expected)
 
 
-def test_layers_laid_out_in_inference_mode_can_be_loaded_into():
-    layers = three()
+def test_layers_laid_out_in_inference_mode_can_be_loaded_into(layers, make_layer):
     with torch.inference_mode():
         assert laid_out(layers) is not None
-    layers[0].load_state_dict(layer().state_dict())
+    layers[0].load_state_dict(make_layer().state_dict())
     assert not any(buffer.is_inference() for one in layers for buffer in one.buffers())
 
 
-def test_a_compiler_sees_the_layers(monkeypatch):
-    layers = three()
+def test_a_compiler_sees_the_layers(layers, monkeypatch):
     assert laid_out(layers) is not None
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert side_by_side(layers) is None
 
 
-def test_layers_without_numbers_yet():
+def test_layers_without_numbers_yet(make_plan):
     linear = nn.Linear(K, N, device="meta")
-    layers = [QuantLinear.empty(linear, plan(), LayerSizes()) for _ in range(2)]
+    layers = [QuantLinear.empty(linear, make_plan("linear", (K,), group_size=32), LayerSizes()) for _ in range(2)]
     assert laid_out(layers) is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -24,6 +24,14 @@ def quick_calibration(pipe: DiffusionPipeline, **changes: object) -> Calibration
 def tiny(request, tiny_sd, tiny_dit) -> Callable[[], DiffusionPipeline]:
     """Factory of a float pipeline: one with a UNet, then one with a transformer."""
     return {"sd": tiny_sd, "dit": tiny_dit}[request.param]
+
+
+@pytest.fixture
+def inference() -> Iterator[None]:
+    """Modules and inputs are random, and the same in every run; nothing there trains."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ from qdiff.plugin import fused_group_norm
 from qdiff.plugin.fuse import fuse_blocks
 from qdiff.plugin.fused_group_norm import FusedGroupNorm
 
+pytestmark = pytest.mark.usefixtures("inference")
+
 
 @pytest.fixture
 def fused(monkeypatch) -> list[tuple]:
@@ -25,13 +27,6 @@ def fused(monkeypatch) -> list[tuple]:
 
     monkeypatch.setattr(fused_group_norm, "group_norm", and_tell)
     return calls
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 def norm_of(affine: bool = True, dtype: torch.dtype = torch.float32) -> nn.GroupNorm:

@@ -25,6 +25,8 @@ from qdiff.plugin.fuse import fuse_blocks
 from qdiff.plugin.fused_resnet import FusedResnetBlock2D
 from qdiff.recipe import LayerPlan, MethodSpec
 
+pytestmark = pytest.mark.usefixtures("inference")
+
 TEMB = 24
 
 
@@ -39,13 +41,6 @@ def fused(monkeypatch) -> list[QuantConv2d]:
 
     monkeypatch.setattr(QuantConv2d, "forward_normalized", and_tell)
     return called
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 def quantized(layer: nn.Conv2d, mode: str = "temporal", bits: int = 8) -> QuantConv2d:

@@ -23,14 +23,9 @@ from qdiff.plugin.fused_feed_forward import FusedFeedForward
 from qdiff.plugin.fused_transformer import FusedTransformerBlock
 from qdiff.recipe import LayerPlan, MethodSpec
 
+pytestmark = pytest.mark.usefixtures("inference")
+
 DIM, TEXT = 64, 32
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture

@@ -19,14 +19,9 @@ from qdiff.plugin.fuse import fuse_blocks
 from qdiff.plugin.fused_transformer_2d import FusedTransformer2D
 from qdiff.recipe import LayerPlan, MethodSpec
 
+pytestmark = pytest.mark.usefixtures("inference")
+
 CHANNELS, TEXT = 64, 32
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture
