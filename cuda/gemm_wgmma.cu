@@ -54,7 +54,7 @@ constexpr int kStageBytes = kWeightBytes + kInputBytes;
 constexpr int kMultiplierBytes = WEIGHT == 4 ? 4 * kFeatures : 0;  // of a stage: one for each row and block of 32
 constexpr int kMaxSegments = 4;
 constexpr bool kAhead = !kSums && SPLIT == 1;  // registers are there to look up what the next tile needs
-constexpr int kUnderWay = kSums && TOKENS > 96 ? 2 : 4;  // products of a warpgroup at a time
+constexpr int kGroup = 2;  // products that a warpgroup asks for together
 constexpr int kLowRow = 64;  // bytes of a row of the low-rank branch in a stage, 32 of its rank
 constexpr int kScaled = SEGMENTED || SPLIT > 1 ? kMaxSegments : 1;  // segments whose scales are looked at
 constexpr int kTable = (kScaled + (ELEMENTS || EXTRAS ? 2 : 0)) * TOKENS;  // words of a warpgroup's tables
@@ -482,8 +482,8 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 for (int block = 0; WEIGHT != 8 && block < 4; ++block) words[block][i] = word_at(ring.stage, i, block);
             }
         };
-        unsigned fragments[kUnderWay][4];
-        auto unpack = [&](int block, int blocks, int stage) {
+        unsigned fragments[2][kGroup][4];
+        auto unpack = [&](unsigned (&fragment)[4], int block, int blocks, int stage) {
             const bool live = WEIGHT == 4 || block < blocks;
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -496,8 +496,8 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                     lo = word_at(stage, i, 2 * block);
                     hi = word_at(stage, i, 2 * block + 1);
                 }
-                fragments[block % kUnderWay][i] = live ? lo : 0;
-                fragments[block % kUnderWay][2 + i] = live ? hi : 0;
+                fragment[i] = live ? lo : 0;
+                fragment[2 + i] = live ? hi : 0;
             }
         };
 
@@ -520,26 +520,33 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
             share.stages(p, segment, first, end);
             if (kSums) add = false;  // the one before is in float32 by now
             Walk walk(p, segment, first);
-            // kUnderWay products are under way at a time, one of each block: a block's fragments are unpacked as soon as the
-            // product that many blocks before, which read the same registers, is done. Blocks past the end of a tap are zeros:
-            // a branch around them would make the compiler wait for every product.
+            // Two groups of products are under way at a time: a group's fragments are unpacked while the one before is computed,
+            // as soon as the one before that, which read the same registers, is done. Blocks past the end of a tap are zeros: a
+            // branch around them would make the compiler wait for every product.
             int before = ring.stage;
             for (int i = first; i < end; ++i) {
                 fetch();
                 const int blocks = walk.here();
                 const unsigned long long desc = tile_descriptor(stages + ring.stage * kStageBytes + kWeightBytes);
 #pragma unroll
-                for (int block = 0; block < 4; ++block) {
-                    wgmma_wait<kUnderWay - 1>();
-                    unpack(block, blocks, ring.stage);
-                    unsigned(&fragment)[4] = fragments[block % kUnderWay];
+                for (int group = 0; group < 4 / kGroup; ++group) {
+                    unsigned(&fragment)[kGroup][4] = fragments[group % 2];
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) settled(fragment[e]);
+                    for (int b = 0; b < kGroup; ++b) {
+                        unpack(fragment[b], kGroup * group + b, blocks, ring.stage);
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) settled(fragment[b][e]);
+                    }
                     wgmma_fence();
-                    wgmma_s8(acc, fragment, desc + 2 * block, add || block > 0);
+#pragma unroll
+                    for (int b = 0; b < kGroup; ++b) {
+                        const int block = kGroup * group + b;
+                        wgmma_s8(acc, fragment[b], desc + 2 * block, add || block > 0);
+                    }
                     wgmma_commit();
+                    wgmma_wait<1>();
+                    if (group == 0 && i > first) release(before);
                 }
-                if (i > first) release(before);
                 add = true;
                 before = ring.stage;
                 ring.next();

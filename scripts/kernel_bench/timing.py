@@ -2,8 +2,11 @@
 
 Calls are captured in a CUDA graph, so that the time is the kernels' and not the launches'. A call gets the number of
 one of several copies of its inputs, which are worked through in order: together they do not fit the L2 cache, as they
-would not in a pass through a model. Competitors take turns in rounds, so that clocks and temperature are the same for
-all.
+would not in a pass through a model.
+
+A large GPU lowers its clocks some 20 ms after a load began that draws too much power. A turn is therefore one replay,
+of two milliseconds: all competitors then run at the clocks that all of them together make, and none pays for, or gains
+by, what the one before has drawn. Every round begins with another one.
 """
 
 from __future__ import annotations
@@ -11,14 +14,15 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-ROUNDS, REPLAYS = 3, 5
-# A replay is made as long as this: a launch, of some 5 us, is then lost in it, and 15 of them take 30 ms.
+ROUNDS = 15
+# A replay is made as long as this: a launch, of some 5 us, is then lost in it.
 REPLAY_US = 2000.0
 # Twice the largest L2 of the GPUs that this is run on (H100: 50 MB, H200: 60 MB).
 COLD_BYTES = 120e6
@@ -49,7 +53,7 @@ def copies_for(bytes_of_one: float, most: int = MOST_COPIES) -> int:
 
 def glance(call: Call, copies: int) -> float:
     """Microseconds of a call, roughly: one replay of one pass over the copies."""
-    return _measure(_prepare(call, copies, lengthened=False), replays=1)[0]
+    return _measure([_prepare(call, copies, lengthened=False)])[0]
 
 
 def race(competitors: dict[str, Call], copies: int) -> dict[str, Timing]:
@@ -64,9 +68,11 @@ def race(competitors: dict[str, Call], copies: int) -> dict[str, Timing]:
             torch.cuda.synchronize()  # raises where the error was the device's: nothing after it would be true
             timings[name] = Timing(math.nan, f"{type(error).__name__}: {error}".splitlines()[0])
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(ROUNDS):
-        for name, run in runs.items():
-            samples[name] += _measure(run)
+    order = deque(runs)
+    for _ in range(ROUNDS if runs else 0):
+        for name, us in zip(order, _measure([runs[name] for name in order]), strict=True):
+            samples[name].append(us)
+        order.rotate(-1)
     timings |= {name: Timing(statistics.median(samples[name]), run.note) for name, run in runs.items()}
     return timings
 
@@ -100,7 +106,7 @@ def _prepare(call: Call, copies: int, lengthened: bool = True) -> _Run:
         replay, note = (lambda: run(1)), "eager"
     if not lengthened:
         return _Run(replay, copies, note)
-    once = statistics.median(_measure(_Run(replay, 1, "")))
+    once = statistics.median(_measure([_Run(replay, 1, "")] * 3))
     passes = max(1, round(REPLAY_US / once))
     if passes > 1 and not note:
         replay = _capture(lambda: run(passes)).replay
@@ -121,13 +127,14 @@ def _capture(body: Callable[[], None]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _measure(run: _Run, replays: int = REPLAYS) -> list[float]:
-    # Queued back to back: only the first replay, which is thrown away, waits for the host.
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 2)]
-    for i, event in enumerate(events):
-        if i:
-            run.replay()
+def _measure(runs: Sequence[_Run]) -> list[float]:
+    """Microseconds of a call of each, one replay after the other."""
+    runs = [runs[-1], *runs]  # queued back to back: only the first, which is thrown away, waits for the host
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(runs) + 1)]
+    for event, run in zip(events, runs, strict=False):
         event.record()
+        run.replay()
+    events[-1].record()
     events[-1].synchronize()
-    times = [start.elapsed_time(end) * 1e3 / run.calls for start, end in itertools.pairwise(events)]
+    times = [a.elapsed_time(b) * 1e3 / run.calls for run, (a, b) in zip(runs, itertools.pairwise(events), strict=True)]
     return times[1:]
