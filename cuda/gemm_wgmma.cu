@@ -368,9 +368,15 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
     float* const scales = reinterpret_cast<float*>(shared + kTables) + group * kTable;
     int* const pixels = reinterpret_cast<int*>(scales + kScaled * TOKENS);
     int* const images = pixels + TOKENS;
-    // Where this thread's words are: rows of 64 or 128 bytes, whose pieces of 16 the copy engine has swapped.
-    const int my_weights = (group * 64 + row) * kWeightRow + 2 * pair, turn = (WEIGHT == 8 ? row & 7 : row >> 1 & 3) << 4;
+    // Where the piece of 16 bytes is that this lane names to ldmatrix. Its four matrices are the pieces of eight rows of 64
+    // bytes, or two pieces of 16 rows of 128 bytes; the copy engine has swapped the pieces of a row.
+    const int eight = group * 64 + 16 * (warp % 4) + lane % 8;
+    const int my_weights = WEIGHT == 8 ? (eight + lane / 8 % 2 * 8) * 128 + (lane / 16 ^ lane % 8) * 16
+                                       : eight * 64 + (lane / 8 ^ lane / 2 % 4) * 16;
     const int my_multipliers = kMultipliers + 4 * (group * 64 + row);
+    // The descriptor of the first stage's inputs. Those of the others differ in its low word, which has the address.
+    const unsigned long long inputs = tile_descriptor(stages + kWeightBytes);
+    const unsigned first_inputs = opaque(static_cast<int>(inputs));  // or it is made anew in each stage
     // Results on their way to the copy engine: rows of 64 features, whose pieces of 16 bytes are swapped.
     const unsigned store = stages + STAGES * kStageBytes + group * kStoreBytes;
     const unsigned my_store = (lane / 16 * 8 + lane % 8) * 128 + ((2 * (warp % 4) + lane / 8 % 2) ^ lane % 8) * 16;
@@ -379,9 +385,9 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
     const unsigned exchanged = threadIdx.x * 16;
     constexpr unsigned kStep = kConsumers * 16;
     Ring ring{0, 0};
-    auto release = [&](int s) {
+    auto release = [&](unsigned barrier) {
         __syncwarp();  // the arrival is of the other lanes' reads as well
-        if (lane == 0) barrier_arrive(empty + 8 * s);
+        if (lane == 0) barrier_arrive(barrier);
     };
     // What the epilogue of a tile needs: the scales of its tokens and of this thread's features. With kAhead, the next tile's
     // are asked for at the beginning of an epilogue, and are there when it ends.
@@ -418,14 +424,14 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 share.stages(p, segment, first, end);
                 for (int i = first; i < end; ++i) {
                     barrier_wait(full + 8 * ring.stage, ring.phase);
-                    release(ring.stage);
+                    release(empty + 8 * ring.stage);
                     ring.next();
                 }
             }
             if (RANK && SPLIT == 1)
                 for (int r = 0; r < RANK; ++r) {
                     barrier_wait(full + 8 * ring.stage, ring.phase);
-                    release(ring.stage);
+                    release(empty + 8 * ring.stage);
                     ring.next();
                 }
             if (SPLIT > 1) {
@@ -459,7 +465,12 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                     images[token] = min(b, p.images - 1);
                 }
             }
-            for (int i = threadIdx.x % 128 + TOKENS; i < TOKENS * min(kScaled, p.segments); i += 128) scales[i] = input_scale(p, tile, i);
+            // All go around as often, or the compiler would not know afterwards what is the same in all lanes.
+            const int end = TOKENS * min(kScaled, p.segments);
+            for (int first = TOKENS; first < end; first += 128) {
+                const int i = first + threadIdx.x % 128;
+                if (i < end) scales[i] = input_scale(p, tile, i);
+            }
             if (!ELEMENTS && threadIdx.x % 128 == 0) stores_wait_read();  // the last tile's are out of the way
             named_barrier(1 + group, 128);
         };
@@ -467,10 +478,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
         if (SPLIT > 1) share_tables();  // a cluster has one tile
 
         // The packed words of a stage, as soon as it is there; and the A fragments of a block of 32, unpacked from them.
-        unsigned words[4][2], multipliers[2];
-        auto word_at = [&](int stage, int i, int piece) {
-            return *reinterpret_cast<const unsigned*>(shared + stage * kStageBytes + my_weights + 8 * i * kWeightRow + ((16 * piece) ^ turn));
-        };
+        unsigned words[2][4], multipliers[2];
         auto fetch = [&] {
             barrier_wait(full + 8 * ring.stage, ring.phase);
 #pragma unroll
@@ -478,26 +486,23 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 if (WEIGHT == 4)
                     multipliers[i] =
                         *reinterpret_cast<const unsigned*>(shared + my_multipliers + ring.stage * kMultiplierBytes + 32 * i);
-#pragma unroll
-                for (int block = 0; WEIGHT != 8 && block < 4; ++block) words[block][i] = word_at(ring.stage, i, block);
+                if (WEIGHT != 8) ldmatrix_x4(words[i], shared + ring.stage * kStageBytes + my_weights + 8 * i * kWeightRow);
             }
         };
         unsigned fragments[2][kGroup][4];
         auto unpack = [&](unsigned (&fragment)[4], int block, int blocks, int stage) {
-            const bool live = WEIGHT == 4 || block < blocks;
+            const bool live = WEIGHT == 4 || !kSeveral || block < blocks;  // or its activations are zeros
+            if (WEIGHT == 8) ldmatrix_x4(fragment, shared + ((stage * kStageBytes + my_weights) ^ (32 * block)));
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                unsigned lo, hi;
-                if (WEIGHT == 4) {
-                    unpack_s4(words[block][i], __byte_perm(multipliers[i], 0, 0x4440 + block), lo, hi);
-                } else if (WEIGHT == 5) {
-                    unpack_codebook(words[block][i], codebook[i], lo, hi);
-                } else {
-                    lo = word_at(stage, i, 2 * block);
-                    hi = word_at(stage, i, 2 * block + 1);
-                }
-                fragment[i] = live ? lo : 0;
-                fragment[2 + i] = live ? hi : 0;
+                if (WEIGHT == 4)
+                    unpack_s4(words[i][block], __byte_perm(multipliers[i], 0, 0x4440 + block), fragment[i], fragment[2 + i]);
+                if (WEIGHT == 5) unpack_codebook(words[i][block], codebook[i], fragment[i], fragment[2 + i]);
+            }
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                if (!live) fragment[e] = 0;
+                settled(fragment[e]);
             }
         };
 
@@ -523,20 +528,17 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
             // Two groups of products are under way at a time: a group's fragments are unpacked while the one before is computed,
             // as soon as the one before that, which read the same registers, is done. Blocks past the end of a tap are zeros: a
             // branch around them would make the compiler wait for every product.
-            int before = ring.stage;
+            ring.stage = __shfl_sync(0xffffffffu, ring.stage, 0);  // the warp's, for the compiler: fewer instructions
+            unsigned before = 0;
             for (int i = first; i < end; ++i) {
                 fetch();
                 const int blocks = walk.here();
-                const unsigned long long desc = tile_descriptor(stages + ring.stage * kStageBytes + kWeightBytes);
+                const unsigned long long desc = (inputs >> 32 << 32) | (first_inputs + ring.stage * (kStageBytes / 16));
 #pragma unroll
                 for (int group = 0; group < 4 / kGroup; ++group) {
                     unsigned(&fragment)[kGroup][4] = fragments[group % 2];
 #pragma unroll
-                    for (int b = 0; b < kGroup; ++b) {
-                        unpack(fragment[b], kGroup * group + b, blocks, ring.stage);
-#pragma unroll
-                        for (int e = 0; e < 4; ++e) settled(fragment[b][e]);
-                    }
+                    for (int b = 0; b < kGroup; ++b) unpack(fragment[b], kGroup * group + b, blocks, ring.stage);
                     wgmma_fence();
 #pragma unroll
                     for (int b = 0; b < kGroup; ++b) {
@@ -548,7 +550,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                     if (group == 0 && i > first) release(before);
                 }
                 add = true;
-                before = ring.stage;
+                before = empty + 8 * ring.stage;
                 ring.next();
                 walk.next(p);
             }
@@ -754,7 +756,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
         }
         if (RANK && SPLIT == 1)
             for (int r = 0, at = low_stage; r < RANK; ++r) {
-                release(at);
+                release(empty + 8 * at);
                 if (++at == STAGES) at = 0;
             }
         if (SPLIT > 1) cluster_sync();  // the others, too, have read what they need of this block
