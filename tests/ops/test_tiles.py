@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import statistics
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -11,6 +13,9 @@ import torch
 
 from qdiff.ops import _cupy, _gemm_mma, _gemm_wgmma, _tiles
 from qdiff.ops._gemm import Problem
+
+BENCHMARKS = Path(__file__).parents[2] / "assets" / "benchmarks"
+KERNELS = {one.NAME: one for one in (_gemm_mma, _gemm_wgmma)}
 
 
 class Tile(NamedTuple):
@@ -166,14 +171,39 @@ def test_problems_that_differ_have_names_that_differ(setup, monkeypatch):
     assert len(setup.measured) == len(json.loads(setup.own.read_text())) == len(changes)
 
 
+def problem_of(text) -> Problem:
+    """What `_tiles.describe` calls so."""
+    _, output, segments, window, features = text.split()
+    images, height, width = map(int, output.split("x"))
+    kernel, stride = window.split("/")
+    problem = make_problem(
+        images=images,
+        height=height,
+        width=width,
+        features=int(features),
+        segments=tuple(map(int, segments.split("+"))),
+        kernel=tuple(map(int, kernel.split("x"))),
+        stride=(int(stride), int(stride)),
+    )
+    assert _tiles.describe(KERNELS[text.split()[0]], problem) == text
+    return problem
+
+
 def test_shipped_tables_name_tiles_that_can_be_used():
-    kernels = {one.NAME: one for one in (_gemm_mma, _gemm_wgmma)}
     for path in _tiles._shipped((9, 0)).parent.glob("*.json"):
         for text, name in json.loads(path.read_text(encoding="utf-8")).items():
-            kernel, _, segments, *_ = text.split()
-            problem = SimpleNamespace(segments=tuple(map(int, segments.split("+"))), up=None)
-            fitting = [tile.name for tile in kernels[kernel].TILES if kernels[kernel].fits(tile, problem)]
-            assert name in fitting, f"{path.name}: {text}"
+            kernels, problem = KERNELS[text.split()[0]], problem_of(text)
+            assert name in [tile.name for tile in _tiles.fitting(kernels, problem)], f"{path.name}: {text}"
+
+
+def test_guesses_are_nearly_the_fastest_of_the_tiles_that_were_measured(monkeypatch):
+    sweep = json.loads((BENCHMARKS / "tile_sweep.json").read_text())
+    monkeypatch.setattr(_cupy, "multiprocessors", lambda device: 132)
+    slower = []
+    for row in sweep["sections"]["tile_sweep"]:
+        guess, fastest = _gemm_wgmma.guess(problem_of(row["problem"])).name, min(row["us"].values())
+        slower.append(row["us"].get(guess, 1.25 * fastest) / fastest)  # those that were far slower have no time
+    assert statistics.geometric_mean(slower) < 1.015
 
 
 # Images, height and width of the output, and the stride.
