@@ -535,19 +535,17 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 const int blocks = walk.here();
                 const unsigned long long desc = (inputs >> 32 << 32) | (first_inputs + ring.stage * (kStageBytes / 16));
 #pragma unroll
-                for (int group = 0; group < 4 / kGroup; ++group) {
-                    unsigned(&fragment)[kGroup][4] = fragments[group % 2];
+                for (int block = 0; block < 4; block += kGroup) {
+                    unsigned(&fragment)[kGroup][4] = fragments[block / kGroup % 2];
 #pragma unroll
-                    for (int b = 0; b < kGroup; ++b) unpack(fragment[b], kGroup * group + b, blocks, ring.stage);
+                    for (int b = 0; b < kGroup; ++b) unpack(fragment[b], block + b, blocks, ring.stage);
                     wgmma_fence();
 #pragma unroll
-                    for (int b = 0; b < kGroup; ++b) {
-                        const int block = kGroup * group + b;
-                        wgmma_s8(acc, fragment[b], desc + 2 * block, add || block > 0);
-                    }
+                    for (int b = 0; b < kGroup; ++b)
+                        wgmma_s8(acc, fragment[b], desc + 2 * (block + b), add || block + b > 0);
                     wgmma_commit();
                     wgmma_wait<1>();
-                    if (group == 0 && i > first) release(before);
+                    if (block == 0 && i > first) release(before);
                 }
                 add = true;
                 before = empty + 8 * ring.stage;
