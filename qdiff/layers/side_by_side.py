@@ -15,8 +15,8 @@ from qdiff.layers.quantized_weights import LayerSizes
 _NAMES = ("codes", "multipliers", "codebook", "scale", "bias")
 _ALIGNMENT = 16  # rows of the smallest buffer that kernels read, one byte each: so that every part starts at 16 bytes
 
-# By identity of the first layer's codes: all of the layers' buffers, and the layer that they are views of.
-_known: dict[int, tuple[list[Callable[[], Tensor | None]], QuantLinear]] = {}
+# By identity of the first layer's codes: the buffers of all layers, where they are, and the layer they are views of.
+_known: dict[int, tuple[list[Callable[[], Tensor | None]], list[int], QuantLinear]] = {}
 
 
 def lay_side_by_side(layers: Sequence[nn.Module]) -> None:
@@ -38,20 +38,30 @@ def side_by_side(layers: Sequence[QuantLinear]) -> QuantLinear | None:
     """A layer that computes what all of these do, one result after the other in the last dimension.
 
     None where `lay_side_by_side` was not called (for a copy, say) or left them alone, where a buffer was replaced
-    since, and while torch.compile looks on.
+    since or has its values elsewhere (`.data`, which offloading swaps), and while torch.compile looks on.
     """
     if torch.compiler.is_compiling():
         return None
-    found = _known.get(id(layers[0]._buffers["codes"]))
+    key = id(layers[0]._buffers["codes"])
+    found = _known.get(key)
     if found is None:
         return None
+    references, places, whole = found
     parts = _parts(layers)
-    same = len(parts) == len(found[0]) and all(reference() is part for reference, part in zip(found[0], parts))
-    return found[1] if same else None
+    if len(parts) != len(references) or any(reference() is not part for reference, part in zip(references, parts)):
+        return None
+    if _places(parts) != places:
+        _known.pop(key, None)  # nobody else has these weights any more
+        return None
+    return whole
 
 
 def _parts(layers: Sequence[QuantLinear]) -> list[Tensor | None]:
     return [layer._buffers[name] for layer in layers for name in _NAMES]
+
+
+def _places(parts: Sequence[Tensor | None]) -> list[int]:
+    return [part.data_ptr() for part in parts if part is not None]
 
 
 def _kind(layer: QuantLinear) -> list[object]:
@@ -80,10 +90,10 @@ def _lay_out(layers: Sequence[QuantLinear]) -> None:
 
 def _remember(layers: Sequence[QuantLinear], whole: QuantLinear) -> None:
     # Weakly: where the layers' buffers go, so does what they are views of.
-    codes = layers[0].codes
-    references: list[Callable[[], Tensor | None]] = [_none if part is None else ref(part) for part in _parts(layers)]
+    codes, parts = layers[0].codes, _parts(layers)
+    references: list[Callable[[], Tensor | None]] = [_none if part is None else ref(part) for part in parts]
     references[0] = ref(codes, partial(_gone, id(codes)))
-    _known[id(codes)] = references, whole
+    _known[id(codes)] = references, _places(parts), whole
 
 
 def _none() -> None:

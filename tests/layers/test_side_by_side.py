@@ -131,6 +131,19 @@ def test_buffers_that_are_replaced(move, which, layers):
     assert torch.equal(laid_out(layers)(x), torch.cat([one(x) for one in layers], dim=-1))
 
 
+@pytest.mark.parametrize("name", ["codes", "multipliers", "scale", "bias"])
+@pytest.mark.parametrize("which", [0, 2])
+def test_buffers_whose_data_are_swapped(name, which, layers, make_layer):
+    """As offloading does: the tensor stays, and its values are elsewhere."""
+    x, before = tokens(), len(_known)
+    laid_out(layers)
+    other = make_layer()
+    getattr(layers[which], name).data = getattr(other, name)
+    assert side_by_side(layers) is None
+    assert len(_known) == before  # nothing holds what the layers no longer have
+    assert torch.equal(laid_out(layers)(x), torch.cat([one(x) for one in layers], dim=-1))
+
+
 def test_goes_with_the_layers(make_layer):
     before = len(_known)
     layers = [make_layer() for _ in range(3)]
