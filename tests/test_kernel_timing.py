@@ -37,7 +37,7 @@ def timed(monkeypatch):
             self.ms = gpu.ms
 
         def synchronize(self):
-            gpu.ms += 10
+            gpu.ms += 10  # what a wait costs, which belongs to no turn
 
         def elapsed_time(self, end):
             return end.ms - self.ms

@@ -51,7 +51,7 @@ def side_by_side(layers: Sequence[QuantLinear]) -> QuantLinear | None:
     if len(parts) != len(references) or any(reference() is not part for reference, part in zip(references, parts)):
         return None
     if _places(parts) != places:
-        _known.pop(key, None)  # nobody else has these weights any more
+        _known.pop(key, None)  # it is none of theirs any more, and would keep memory that they have left
         return None
     return whole
 

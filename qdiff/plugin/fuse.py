@@ -30,7 +30,8 @@ for _theirs, _ours in _FUSED.items():
 def fuse_blocks(denoiser: nn.Module) -> None:
     """Make each block of these classes, but of none of their subclasses, one of ours, in place.
 
-    Comes after the layers have their numbers, some of which it moves."""
+    Comes after the layers have their numbers, some of which it moves.
+    """
     for module in denoiser.modules():
         module.__class__ = _FUSED.get(type(module), type(module))
         if isinstance(module, FusedTransformerBlock):
