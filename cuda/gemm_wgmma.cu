@@ -3,7 +3,8 @@
 // out[p, n] over output pixels p = (b, h, w) and features n, as an implicit product over (segment, tap, channel); a linear
 // layer is the 1x1 convolution of one image, one pixel high and M wide. Weights are the A operand: packed words come to
 // shared memory, are unpacked to int8 in registers, and never travel again. Activations are the B operand, in shared
-// memory as the copy engine leaves them: a box of channels x pixels at the tap's offset, zeros outside the image.
+// memory as the copy engine leaves them: channels of output pixels one after the other, across the ends of lines and images,
+// at the tap's offset, zeros outside the image.
 //
 // A producer warpgroup (a thread drives the copy engine, the other warps lay out the multipliers) gives its registers to the
 // consumer warpgroups, of 64 features each. Compiled for one tile:
@@ -57,7 +58,7 @@ constexpr bool kAhead = !kSums && SPLIT == 1;  // registers are there to look up
 constexpr int kGroup = 2;  // products that a warpgroup asks for together
 constexpr int kLowRow = 64;  // bytes of a row of the low-rank branch in a stage, 32 of its rank
 constexpr int kScaled = SEGMENTED || SPLIT > 1 ? kMaxSegments : 1;  // segments whose scales are looked at
-constexpr int kTable = (kScaled + (ELEMENTS || EXTRAS ? 2 : 0)) * TOKENS;  // words of a warpgroup's tables
+constexpr int kTable = (kScaled + EXTRAS) * TOKENS;  // words of a warpgroup's tables
 constexpr int kScales = (TOKENS + 127) / 128;
 // With SPLIT, what the blocks exchange is where the stages were, and the low-rank branch comes after it.
 constexpr int kExchanged = TOKENS * kFeatures * 4;
@@ -84,13 +85,13 @@ struct Params {
     const void* residual;
     void* elements;  // the output, where it is stored one by one
     unsigned long long early;  // whether weights may be read while the kernel before still runs
-    int features, images, height, width;  // of the output
+    int features, pixels;  // of the output
+    int plane, width;      // pixels of an image, and of a line
     int kernel_w, taps, stride_h, stride_w, padding_h, padding_w;
     int segments, channels[kMaxSegments];
     int parts[kMaxSegments];  // with SPLIT: blocks of each segment, SPLIT in all
-    int box_w, box_h, box_n;  // a tile's pixels are a box of columns, rows and images; so are kStored of them
-    int tiles_w, tiles_h, feature_tiles, tiles;
-    int rows_per_scale;
+    int whole_tiles, all_whole, tiles;  // of a run of pixels, of all of them, and those with few features too
+    int pixels_per_scale;
     int multiplier_stride;
     int is_integer, bias_dtype, shift_dtype;
 };
@@ -149,55 +150,31 @@ struct Share {
     }
 };
 
-// This block's tiles, one after the other: boxes of pixels, and the features of each. One division, and no more of them.
+// This block's tiles, one after the other: runs of pixels, and the features of each. The tiles of last features, where a
+// warpgroup has none, come after all the whole ones, so that blocks are done at about the same time.
 struct Position {
-    int index, box, features;  // of features: tiles of them
-    int boxes, more_features;  // from one tile to the next
+    int index, run, features;  // of features: tiles of them
+    int runs, more_features;   // from one tile to the next
 
     __device__ explicit Position(const Params& p) {
         index = blockIdx.x / SPLIT;
-        box = index / p.feature_tiles, features = index % p.feature_tiles;
-        boxes = gridDim.x / p.feature_tiles, more_features = gridDim.x % p.feature_tiles;
+        run = index / p.whole_tiles, features = index % p.whole_tiles;
+        runs = gridDim.x / p.whole_tiles, more_features = gridDim.x % p.whole_tiles;
+        if (index >= p.all_whole) last_features(p);
     }
     __device__ bool inside(const Params& p) const { return index < p.tiles; }
+    __device__ int token() const { return run * TOKENS; }
     __device__ int feature() const { return features * kFeatures; }
+    __device__ void last_features(const Params& p) { run = index - p.all_whole, features = p.whole_tiles; }
     __device__ void next(const Params& p) {
         if (SPLIT > 1) {  // a cluster has one
             index = p.tiles;
             return;
         }
         index += gridDim.x;
-        box += boxes, features += more_features;
-        if (features >= p.feature_tiles) features -= p.feature_tiles, ++box;
-    }
-};
-
-struct Tile {
-    int feature, image, row, column;
-
-    Tile() = default;
-    __device__ Tile(const Params& p, const Position& position) {
-        const int box = position.box;
-        feature = position.feature();
-        column = box * p.box_w;
-        image = row = 0;
-        if (IMAGE) {
-            const int line = box / p.tiles_w, plane = line / p.tiles_h;
-            column = (box - line * p.tiles_w) * p.box_w;
-            row = (line - plane * p.tiles_h) * p.box_h;
-            image = plane * p.box_n;
-        }
-    }
-    // The pixel of one of the tile's tokens; a linear layer has one row of them.
-    __device__ void pixel(const Params& p, int token, int& b, int& h, int& w) const {
-        b = h = 0;
-        w = column + token;
-        if (IMAGE) {
-            const int line = token / p.box_w, plane = line / p.box_h;
-            w -= line * p.box_w;
-            h = row + line - plane * p.box_h;
-            b = image + plane;
-        }
+        run += runs, features += more_features;
+        if (features >= p.whole_tiles) features -= p.whole_tiles, ++run;
+        if (index >= p.all_whole) last_features(p);
     }
 };
 
@@ -237,8 +214,9 @@ __device__ __forceinline__ void produce(const Params& p, unsigned stages, unsign
     prefetch_map(&p.input);
     wait_for_kernel_before();
     for (; position.inside(p); position.next(p)) {
-        const Tile tile(p, position);
-        const int w0 = tile.column * p.stride_w - p.padding_w, h0 = tile.row * p.stride_h - p.padding_h;
+        const int token = position.token(), feature = position.feature();
+        const int image = token / p.plane, line = token % p.plane / p.width;
+        const int h0 = line * p.stride_h - p.padding_h, w0 = token % p.plane % p.width * p.stride_w - p.padding_w;
         for (int segment = share.first_segment; segment < share.end_segment; ++segment) {
             int first, end;
             share.stages(p, segment, first, end);
@@ -247,10 +225,13 @@ __device__ __forceinline__ void produce(const Params& p, unsigned stages, unsign
                 const unsigned at = stages + ring.stage * kStageBytes, bar = full + 8 * ring.stage;
                 if (early-- <= 0) {
                     barrier_wait(empty + 8 * ring.stage, ring.phase);
-                    load_weights(ring, walk, tile.feature);
+                    load_weights(ring, walk, feature);
                 }
-                tma_load_4d(at + kWeightBytes, &p.input, bar, walk.channel + 128 * walk.chunk, w0 + walk.tap_w,
-                            h0 + walk.tap_h, tile.image);
+                const int channel = walk.channel + 128 * walk.chunk;
+                if (IMAGE)
+                    tma_load_pixels(at + kWeightBytes, &p.input, bar, channel, w0, h0, image, walk.tap_w, walk.tap_h);
+                else
+                    tma_load_2d(at + kWeightBytes, &p.input, bar, channel, token);
                 walk.next(p);
                 ring.next();
             }
@@ -260,8 +241,8 @@ __device__ __forceinline__ void produce(const Params& p, unsigned stages, unsign
                 const unsigned at = stages + ring.stage * kStageBytes, bar = full + 8 * ring.stage;
                 barrier_wait(empty + 8 * ring.stage, ring.phase);
                 barrier_expect(bar, kLowBytes);
-                tma_load_2d(at, &p.up, bar, kLowRow * r, tile.feature);
-                tma_load_4d(at + kWeightBytes, &p.low, bar, kLowRow * r, tile.column, 0, 0);
+                tma_load_2d(at, &p.up, bar, kLowRow * r, feature);
+                tma_load_2d(at + kWeightBytes, &p.low, bar, kLowRow * r, token);
                 ring.next();
             }
         }
@@ -338,13 +319,11 @@ __device__ __forceinline__ void produce_multipliers(const Params& p, unsigned wo
     }
 }
 
-// The scale of one of a tile's tokens; position = segment * TOKENS + token.
-__device__ __forceinline__ float input_scale(const Params& p, const Tile& tile, int position) {
-    int b, h, w;
-    tile.pixel(p, position % TOKENS, b, h, w);
-    int item = IMAGE ? min(b, p.images - 1) : min(w, p.width - 1);
-    if (p.rows_per_scale > 1) item /= p.rows_per_scale;
-    return __ldg(p.input_scale + item * (kSeveral ? p.segments : 1) + position / TOKENS);
+// The scale of the token i % TOKENS of a tile, in the segment i / TOKENS.
+__device__ __forceinline__ float input_scale(const Params& p, int first_token, int i) {
+    int item = min(first_token + i % TOKENS, p.pixels - 1);
+    if (p.pixels_per_scale > 1) item /= p.pixels_per_scale;
+    return __ldg(p.input_scale + item * (kSeveral ? p.segments : 1) + i / TOKENS);
 }
 
 __device__ __forceinline__ float to_float(unsigned accumulator) { return static_cast<float>(static_cast<int>(accumulator)); }
@@ -364,10 +343,9 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const int group = warp / 4, row = 16 * (warp % 4) + lane / 4, pair = 2 * (lane % 4);
     const Share share(p);
-    // Of a tile's tokens: the input's scales, one for each segment; where the result goes, or -1; which image it is of.
+    // Of a tile's tokens: the input's scales, one for each segment; and which image each is of.
     float* const scales = reinterpret_cast<float*>(shared + kTables) + group * kTable;
-    int* const pixels = reinterpret_cast<int*>(scales + kScaled * TOKENS);
-    int* const images = pixels + TOKENS;
+    int* const images = reinterpret_cast<int*>(scales + kScaled * TOKENS);
     // Where the piece of 16 bytes is that this lane names to ldmatrix. Its four matrices are the pieces of eight rows of 64
     // bytes, or two pieces of 16 rows of 128 bytes; the copy engine has swapped the pieces of a row.
     const int eight = group * 64 + 16 * (warp % 4) + lane % 8;
@@ -391,15 +369,15 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
     };
     // What the epilogue of a tile needs: the scales of its tokens and of this thread's features. With kAhead, the next tile's
     // are asked for at the beginning of an epilogue, and are there when it ends.
-    Tile tile;
+    int first_token = 0;
     float weight_scale[2], token_scale[kScales];
     unsigned bias_bits[2];
     auto look_up = [&](const Position& position) {
         if (!position.inside(p)) return;
-        tile = Tile(p, position);
+        first_token = position.token();
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int feature = min(tile.feature + group * 64 + row + 8 * i, p.features - 1);
+            const int feature = min(position.feature() + group * 64 + row + 8 * i, p.features - 1);
             weight_scale[i] = __ldg(p.scale + feature);
             bias_bits[i] = 0;
             if (p.bias)
@@ -408,7 +386,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
         }
 #pragma unroll
         for (int i = 0; i < kScales; ++i)
-            token_scale[i] = input_scale(p, tile, min(threadIdx.x % 128 + 128 * i, TOKENS - 1));
+            token_scale[i] = input_scale(p, first_token, min(threadIdx.x % 128 + 128 * i, TOKENS - 1));
     };
     Position position(p), after = position;
     if (kAhead) look_up(position);
@@ -457,19 +435,14 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
             for (int i = 0; i < kScales; ++i) {
                 const int token = threadIdx.x % 128 + 128 * i;
                 if (token >= TOKENS) continue;
-                int b, h, w;
-                tile.pixel(p, token, b, h, w);
                 scales[token] = token_scale[i];
-                if (ELEMENTS || EXTRAS) {
-                    pixels[token] = b < p.images && h < p.height && w < p.width ? (b * p.height + h) * p.width + w : -1;
-                    images[token] = min(b, p.images - 1);
-                }
+                if (EXTRAS) images[token] = min(first_token + token, p.pixels - 1) / p.plane;
             }
             // All go around as often, or the compiler would not know afterwards what is the same in all lanes.
             const int end = TOKENS * min(kScaled, p.segments);
             for (int first = TOKENS; first < end; first += 128) {
                 const int i = first + threadIdx.x % 128;
-                if (i < end) scales[i] = input_scale(p, tile, i);
+                if (i < end) scales[i] = input_scale(p, first_token, i);
             }
             if (!ELEMENTS && threadIdx.x % 128 == 0) stores_wait_read();  // the last tile's are out of the way
             named_barrier(1 + group, 128);
@@ -579,8 +552,8 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 const unsigned at = stages + kExchanged, bar = stages + kLowBarrier;
                 barrier_expect(bar, RANK * kLowBytes);
                 for (int r = 0; r < RANK; ++r) {
-                    tma_load_2d(at + r * kLowBytes, &p.up, bar, kLowRow * r, tile.feature);
-                    tma_load_4d(at + r * kLowBytes + kFeatures * kLowRow, &p.low, bar, kLowRow * r, tile.column, 0, 0);
+                    tma_load_2d(at + r * kLowBytes, &p.up, bar, kLowRow * r, position.feature());
+                    tma_load_2d(at + r * kLowBytes + kFeatures * kLowRow, &p.low, bar, kLowRow * r, first_token);
                 }
             }
 #pragma unroll
@@ -597,7 +570,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 barrier_wait(full + 8 * ring.stage, ring.phase);
                 ring.next();
             }
-        const Tile here = tile;
+        const int here = first_token;  // that of the next tile is looked up now
         const float factor[2] = {weight_scale[0], weight_scale[1]};
         float bias[2];
 #pragma unroll
@@ -661,20 +634,22 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 v[j + 2] = __fadd_rn(__fmul_rn(y.z, factor[1]), bias[1]);
                 v[j + 3] = __fadd_rn(__fmul_rn(y.w, factor[1]), bias[1]);
             }
-            if (EXTRAS && p.shift) {  // eight tokens have one image
+            if (EXTRAS && p.shift) {  // neighbours mostly have one image
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     const int feature = min(first_feature + row + 8 * i, p.features - 1);
                     int current = -1;
                     float shift = 0.0f;
 #pragma unroll
-                    for (int j = 0; j < kValues; j += 4) {
-                        const int image = images[2 * (first + j)];
-                        if (image != current)
-                            shift = load_float(p.shift, p.shift_dtype, static_cast<long long>(image) * p.features + feature);
-                        current = image;
-                        v[j + 2 * i] = __fadd_rn(v[j + 2 * i], shift);
-                        v[j + 2 * i + 1] = __fadd_rn(v[j + 2 * i + 1], shift);
+                    for (int j = 2 * i; j < kValues; j += 4) {
+#pragma unroll
+                        for (int e = 0; e < 2; ++e) {
+                            const int image = images[2 * (first + j - 2 * i) + pair + e];
+                            if (image != current)
+                                shift = load_float(p.shift, p.shift_dtype, static_cast<long long>(image) * p.features + feature);
+                            current = image;
+                            v[j + e] = __fadd_rn(v[j + e], shift);
+                        }
                     }
                 }
             }
@@ -701,9 +676,9 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 };
 #pragma unroll
                 for (int j = 0; j < kValues; ++j) {
-                    const int pixel = pixels[8 * ((first + j) / 4) + pair + j % 2];
+                    const int pixel = here + 8 * ((first + j) / 4) + pair + j % 2;
                     const int feature = first_feature + row + 8 * (j / 2 % 2);
-                    if (pixel < 0 || feature >= p.features) continue;
+                    if (pixel >= p.pixels || feature >= p.features) continue;
                     const long long at = static_cast<long long>(pixel) * p.features + feature;
                     if (OUT == 0) {
                         if (EXTRAS && p.residual) v[j] = __fadd_rn(v[j], __ldg(static_cast<const float*>(p.residual) + at));
@@ -719,11 +694,11 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 for (int j = 0; EXTRAS && j < kValues; j += 2) {
                     if (!p.residual) break;
                     // Read as it lies in memory, two features of a token a thread; the block of 8x8 is then turned over.
-                    const int pixel = pixels[2 * (first + j / 4 * 4) + lane / 4];
+                    const int pixel = here + 2 * (first + j / 4 * 4) + lane / 4;
                     const int feature = first_feature + 16 * (warp % 4) + 4 * (j % 4) + pair;
                     const long long at = static_cast<long long>(pixel) * p.features + feature;
                     unsigned two = 0;
-                    if (pixel >= 0 && feature < p.features)
+                    if (pixel < p.pixels && feature < p.features)
                         two = __ldg(reinterpret_cast<const unsigned*>(static_cast<const unsigned short*>(p.residual) + at));
                     two = turn_over(two);
                     v[j] = __fadd_rn(v[j], float_of_bits(two & 0xffff, OUT));
@@ -744,10 +719,9 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                     if (kStores > 1 && threadIdx.x % 128 == 0) stores_wait_read();  // the other buffer is free
                     named_barrier(1 + group, 128);
                     if (threadIdx.x % 128 == 0) {
-                        int b = here.image, h = here.row, w = here.column;
-                        if (kStored < TOKENS) here.pixel(p, (chunk + 1) * kChunk - kStored, b, h, w);
                         const unsigned buffer = chunk * kChunk / kStored % kStores;
-                        tma_store_4d(&p.out, store + buffer * kStored * 128, 2 * first_feature, w, h, b);
+                        tma_store_2d(&p.out, store + buffer * kStored * 128, 2 * first_feature,
+                                     here + (chunk + 1) * kChunk - kStored);
                     }
                 }
             }

@@ -3,7 +3,7 @@
 // With QDIFF_EMULATE the CPU emulator of the tests supplies the functions instead.
 #pragma once
 
-// What cuTensorMapEncodeTiled fills; opaque to us.
+// What cuTensorMapEncodeTiled or cuTensorMapEncodeIm2col fills; opaque to us.
 struct alignas(64) TensorMap {
     unsigned long long words[16];
 };
@@ -65,12 +65,15 @@ __device__ __forceinline__ void tma_load_2d(unsigned dst, const TensorMap* map, 
         : "memory");
 }
 
-__device__ __forceinline__ void tma_load_4d(unsigned dst, const TensorMap* map, unsigned bar, int c0, int c1, int c2,
-                                            int c3) {
+// Channels of pixels of images [N, H, W, C], as many as the map says, from (w, h, n) on, which is where a convolution's window
+// begins; in the order of its windows, each at this place (tap_w, tap_h) of its window; zeros outside, which count as bytes.
+__device__ __forceinline__ void tma_load_pixels(unsigned dst, const TensorMap* map, unsigned bar, int channel, int w, int h,
+                                                int n, int tap_w, int tap_h) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::
-            "r"(dst),
-        "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+        "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8};" ::"r"(dst),
+        "l"(map), "r"(bar), "r"(channel), "r"(w), "r"(h), "r"(n), "h"(static_cast<unsigned short>(tap_w)),
+        "h"(static_cast<unsigned short>(tap_h))
         : "memory");
 }
 
@@ -129,9 +132,9 @@ __device__ __forceinline__ void stmatrix_x4_turned(unsigned row, const unsigned 
 __device__ __forceinline__ void fence_copy_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // A box of shared memory to a tensor, but for what lies outside of it.
-__device__ __forceinline__ void tma_store_4d(const TensorMap* map, unsigned src, int c0, int c1, int c2, int c3) {
-    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n"
-                 "cp.async.bulk.commit_group;" ::"l"(map), "r"(src), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+__device__ __forceinline__ void tma_store_2d(const TensorMap* map, unsigned src, int c0, int c1) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];\n"
+                 "cp.async.bulk.commit_group;" ::"l"(map), "r"(src), "r"(c0), "r"(c1)
                  : "memory");
 }
 

@@ -272,9 +272,9 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def tensor_map_encoder() -> Callable[..., int]:
-    """The driver's cuTensorMapEncodeTiled (CUDA 12 and later), to be called with ctypes values; returns a CUresult."""
-    encode: Callable[..., int] = _driver().cuTensorMapEncodeTiled
+def tensor_map_encoder(mode: str) -> Callable[..., int]:
+    """The driver's cuTensorMapEncodeTiled or -Im2col (CUDA 12 and later), for ctypes values; returns a CUresult."""
+    encode: Callable[..., int] = getattr(_driver(), f"cuTensorMapEncode{mode}")
     return encode
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import math
+import itertools
+import operator
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
@@ -45,7 +46,8 @@ TILES = [
     *(Tile(tokens) for tokens in (256, 192, 160, 128, 96)),
     *(Tile(tokens, features=192) for tokens in (160, 128, 96)),
     *(Tile(256, split) for split in (2, 4)),
-    *(Tile(tokens, 2) for tokens in (192, 160)),
+    *(Tile(tokens, split) for tokens in (192, 160) for split in (2, 4)),
+    *(Tile(96, split) for split in (2, 4)),
     *(Tile(128, split) for split in (2, 4, 8)),  # clusters of 3 or 6 leave multiprocessors idle
     *(Tile(tokens, split) for tokens in (64, 32, 16) for split in (1, 2, 4, 8)),
 ]
@@ -77,15 +79,32 @@ def guess(problem: Problem) -> Tile:
     multiprocessors = _cupy.multiprocessors(p.x.device)
 
     def cycles(tile: Tile) -> float:
-        w, h, n = _box(tile, p.B, p.OH, p.OW, p.stride, len(p.segments) > 1 and tile.split == 1)
-        tiles = -(-p.OW // w) * -(-p.OH // h) * -(-p.B // n) * -(-p.N // tile.features)
-        waves = -(-tiles * tile.split // multiprocessors)
-        stage = tile.groups * max(240 + 0.75 * tile.tokens, 2 * tile.tokens)
+        whole, all_whole, tiles = _counts(tile, p.B * p.OH * p.OW, p.N)
         longest = max(-(-count // part) for count, part in zip(stages, parts_of(stages, tile.split), strict=True))
         count = sum(stages) if tile.split == 1 else longest
-        return waves * (count * stage + 26 * tile.tokens + (4000 + 12 * tile.tokens) * (tile.split > 1))
+
+        def of_tile(groups: int) -> float:
+            stage = groups * max(240 + 0.75 * tile.tokens, 2 * tile.tokens)
+            return count * stage + 26 * tile.tokens + (4000 + 12 * tile.tokens) * (tile.split > 1)
+
+        all_groups = -(-p.N // 64)
+        most, fewest = of_tile(min(tile.groups, all_groups)), of_tile(all_groups - whole * tile.groups)
+        teams = max(1, multiprocessors // tile.split)
+        turns = [(_turns(all_whole, team, teams), _turns(tiles, team, teams)) for team in range(min(teams, tiles))]
+        return max(first * most + (both - first) * fewest for first, both in turns)
 
     return min((tile for tile in TILES if fits(tile, problem)), key=cycles)
+
+
+def _counts(tile: Tile, pixels: int, features: int) -> tuple[int, int, int]:
+    """Tiles of a run of pixels that keep all warpgroups busy, of all runs; and with those that do not."""
+    runs, whole = -(-pixels // tile.tokens), max(1, (features + 63) // tile.features)
+    return whole, runs * whole, runs * -(-features // tile.features)
+
+
+def _turns(count: int, team: int, teams: int) -> int:
+    """Of things that are dealt out in turn, how many come to one of the teams."""
+    return max(0, -(-(count - team) // teams))
 
 
 def _stages(segments: Sequence[int], kernel: tuple[int, int]) -> tuple[int, ...]:
@@ -109,6 +128,8 @@ def refusal(problem: Problem) -> str | None:
         return "a low-rank branch in float32"
     if max(problem.stride) > 8:
         return f"a stride of {max(problem.stride)}, which the copy engine does not take"
+    if max(*problem.padding, *problem.kernel) > 127:
+        return f"a kernel of {problem.kernel} with padding {problem.padding}, which the copy engine does not take"
     return None
 
 
@@ -137,7 +158,7 @@ def _stage(tile: Tile, weight: int) -> int:
 
 def _shared(tile: Tile, weight: int, segmented: bool, elements: bool, extras: bool) -> tuple[int, int]:
     """As deep a pipeline as fits, to eight stages, and the bytes of shared memory that it makes."""
-    tables = tile.groups * ((4 if segmented or tile.split > 1 else 1) + 2 * (elements or extras)) * tile.tokens * 4
+    tables = tile.groups * ((4 if segmented or tile.split > 1 else 1) + extras) * tile.tokens * 4
     sums = _sums(tile, weight, extras) if segmented and tile.split == 1 else 0
     stored = _stored(tile, segmented)
     buffers = 2 if tile.split == 1 and stored < tile.tokens else 1
@@ -175,13 +196,13 @@ class _Plan(NamedTuple):
     grid: tuple[int, int, int]
     shared_bytes: int
     integers: bytes  # the tail of the kernel's parameters
-    box: tuple[int, int, int]  # columns, rows and images of a tile
-    stored: tuple[int, int, int]  # and of what is stored at once
+    image: bool  # whether the input is images to it, and not rows
+    stored: int  # tokens that are stored at once
 
 
 # The kernel's parameters: tensor maps, pointers and whether to read weights early; then integers.
 _MAPS_AND_POINTERS = struct.Struct("128s128s128s128s128s9Q")
-_INTEGERS = struct.Struct("31i60x")  # to a multiple of 64 bytes, as the tensor maps make the struct
+_INTEGERS = struct.Struct("27i12x")  # to a multiple of 64 bytes, as the tensor maps make the struct
 _NO_MAP = bytes(128)
 
 
@@ -208,66 +229,32 @@ def _plan(
     several = len(segments) > 1 and out != 3
     linear = images == 1 and height == 1 and is_pointwise(kernel, stride, padding) and (several or len(segments) == 1)
     segmented = several and (tile.split == 1 or linear)  # by blocks that do more than one, or not as images
-    box = _box(tile, images, height, width, stride, segmented)
-    tiles_w, tiles_h, tiles_b = (-(-size // part) for size, part in zip((width, height, images), box))
-    feature_tiles = -(-features // tile.features)
-    tiles = tiles_w * tiles_h * tiles_b * feature_tiles
-    items = width if linear else images
+    pixels = images * height * width
     none = [0] * (MAX_SEGMENTS - len(segments))
     stages = _stages(segments, kernel)
     integers = _INTEGERS.pack(
-        *(features, images, height, width),
+        *(features, pixels, height * width, width),
         *(kernel[1], kernel[0] * kernel[1], *stride, *padding),
         *(len(segments), *segments, *none),
         *(*parts_of(stages, tile.split), *none),
-        *(*box, tiles_w, tiles_h, feature_tiles, tiles),
-        max(1, items // max(1, scale_rows)),
+        *_counts(tile, pixels, features),
+        max(1, pixels // max(1, scale_rows)),
         *((sum(segments) * kernel[0] * kernel[1] // 32 + 1) // 2,),
         *(int(out == 3), bias, shift),
     )
     source = _cupy.kernel(
         "gemm_wgmma", _defines(tile, weight, -(-rank // _RANKS), low, not linear, segmented, out % 3, elements, extras)
     )
+    tiles = _counts(tile, pixels, features)[2]
     blocks = tiles * tile.split if tile.split > 1 else min(tiles, _cupy.multiprocessors(torch.device("cuda", device)))
     return _Plan(
         source,
         (blocks, 1, 1),
         _shared(tile, weight, segmented, elements, extras)[1],
         integers,
-        box,
-        _stored_box(tile, box, segmented),
+        not linear,
+        _stored(tile, segmented),
     )
-
-
-def _box(
-    tile: Tile, images: int, height: int, width: int, stride: tuple[int, int], segmented: bool
-) -> tuple[int, int, int]:
-    """The box of columns x rows x images with the tile's pixels that covers the output with the fewest boxes.
-
-    Among equals the widest, whose rows are the longest runs in memory. The copy engine takes 256 of each dimension, the
-    kernel wants eight tokens in a row to be of one image, and what is stored at once is a box as well.
-    """
-    tokens = tile.tokens
-    boxes = [
-        box
-        for w in range(min(tokens, 256 // stride[1]), 0, -1)
-        if tokens % w == 0
-        for h in range(min(tokens // w, 256 // stride[0]), 0, -1)
-        if tokens % (w * h) == 0 and w * h % 8 == 0
-        for box in [(w, h, tokens // (w * h))]
-        if math.prod(_stored_box(tile, box, segmented)) == _stored(tile, segmented)
-    ]
-    if images == 1 and height == 1:  # tokens of a linear layer are in a row
-        return boxes[0]
-    return min(boxes, key=lambda box: -(-width // box[0]) * -(-height // box[1]) * -(-images // box[2]))
-
-
-def _stored_box(tile: Tile, box: tuple[int, int, int], segmented: bool) -> tuple[int, int, int]:
-    """The box of a tile's first tokens, as many as are stored at once; smaller where those are no box."""
-    (w, h, n), stored = box, _stored(tile, segmented)
-    columns = math.gcd(w, stored)
-    rows = math.gcd(h, stored // columns) if columns == w else 1
-    return columns, rows, math.gcd(n, stored // (columns * rows)) if rows == h and columns == w else 1
 
 
 def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
@@ -308,26 +295,21 @@ def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
         elements,
         shift is not None or residual is not None,
     )
-    (w, h, b), c = plan.box, p.C
+    c, pixels = p.C, p.B * p.OH * p.OW
     weight_bytes = p.codes.shape[1]
     row, swizzle = (128, 3) if p.weight_kind == 8 else (64, 2)
-    weight_maps = _maps_of((weight_bytes, n), (weight_bytes,), (row, tile.features), (1, 1), swizzle)
-    input_maps = _maps_of(
-        (c, p.W, p.H, p.B),
-        (c, c * p.W, c * p.W * p.H),
-        (128, w * p.stride[1], h * p.stride[0], b),
-        (1, p.stride[1], p.stride[0], 1),
-        3,
-    )
+    weight_maps = _maps_of((weight_bytes, n), (row, tile.features), swizzle)
+    if plan.image:
+        window = [(-pad, pad - size + 1, step) for pad, size, step in zip(p.padding, p.kernel, p.stride, strict=True)]
+        input_maps = _maps_of((c, p.W, p.H, p.B), (128, tile.tokens), 3, *window)
+    else:
+        input_maps = _maps_of((c, pixels), (128, tile.tokens), 3)
     up_maps = low_maps = out_maps = None
     if rank:
-        r = 2 * rank
-        up_maps = _maps_of((r, n), (r,), (64, tile.features), (1, 1), 2)
-        low_maps = _maps_of((r, p.OW, 1, 1), (r, r * p.OW, r * p.OW), (64, w, 1, 1), (1, 1, 1, 1), 2)
+        up_maps = _maps_of((2 * rank, n), (64, tile.features), 2)
+        low_maps = _maps_of((2 * rank, pixels), (64, tile.tokens), 2)
     if not elements:
-        r = 2 * n
-        sizes, strides = (r, p.OW, p.OH, p.B), (r, r * p.OW, r * p.OW * p.OH)
-        out_maps = _maps_of(sizes, strides, (128, *plan.stored), (1, 1, 1, 1), 3)
+        out_maps = _maps_of((2 * n, pixels), (128, plan.stored), 3)
 
     start = plan.kernel.launcher(
         plan.grid, 128 * (tile.groups + 1), plan.shared_bytes, _MAPS_AND_POINTERS, plan.integers
@@ -370,41 +352,48 @@ _maps: dict[tuple[Any, ...], _Maps] = {}
 
 
 def _maps_of(*shape: Any) -> _Maps:
-    """Those of these sizes, strides, box, steps and swizzle: `_encode`'s arguments but for the address."""
+    """Those of these sizes, box, swizzle and windows: `_encode`'s arguments but for the address."""
     if len(_maps) >= _MAX_MAPS:
         _maps.clear()  # launches that are ready keep theirs
     return _maps.setdefault(shape, _Maps(*shape))
 
 
 def _encode(
-    address: int,
-    sizes: tuple[int, ...],
-    strides: tuple[int, ...],
-    box: tuple[int, ...],
-    steps: tuple[int, ...],
-    swizzle: int,
+    address: int, sizes: tuple[int, ...], box: tuple[int, int], swizzle: int, *windows: tuple[int, int, int]
 ) -> bytes:
-    rank = len(sizes)
+    """The map of a dense tensor of bytes.
+
+    Args:
+        address: where it begins.
+        sizes: the innermost first: (columns, rows), or of images (C, W, H, N).
+        box: bytes of a row, and rows, that are copied at once; of images, pixels.
+        swizzle: 2, 3: of rows of 64, 128 bytes.
+        windows: for images, of rows and of columns: where the first window begins, and the last, counted from the
+            last pixel; the step from one to the next.
+    """
+    strides = list(itertools.accumulate(sizes[:-1], operator.mul))
     room = ctypes.create_string_buffer(192)
     at = (ctypes.addressof(room) + 63) // 64 * 64
-    result = _cupy.tensor_map_encoder()(
+    head = (
         ctypes.c_void_p(at),
         0,  # bytes
-        rank,
+        len(sizes),
         ctypes.c_void_p(address),
-        (ctypes.c_uint64 * rank)(*sizes),
-        (ctypes.c_uint64 * max(1, rank - 1))(*strides),
-        (ctypes.c_uint32 * rank)(*box),
-        (ctypes.c_uint32 * rank)(*steps),
-        0,  # not interleaved
-        swizzle,  # 2, 3: 64, 128 bytes
-        2,  # fetch 128 bytes at a time into L2
-        0,  # zeros outside
+        (ctypes.c_uint64 * len(sizes))(*sizes),
+        (ctypes.c_uint64 * len(strides))(*strides),
     )
-    if result != 0:
-        raise RuntimeError(
-            f"cuTensorMapEncodeTiled failed with CUresult {result} for {sizes}, {strides}, {box}, {steps}"
+    # Not interleaved; 128 bytes at a time are fetched into L2; zeros outside.
+    tail = (0, swizzle, 2, 0)
+    if windows:
+        first, last, steps = ([values[0], values[1]] for values in zip(*reversed(windows), strict=True))
+        corners = ((ctypes.c_int * 2)(*first), (ctypes.c_int * 2)(*last))
+        result = _cupy.tensor_map_encoder("Im2col")(*head, *corners, *box, (ctypes.c_uint32 * 4)(1, *steps, 1), *tail)
+    else:
+        result = _cupy.tensor_map_encoder("Tiled")(
+            *head, (ctypes.c_uint32 * 2)(*box), (ctypes.c_uint32 * 2)(1, 1), *tail
         )
+    if result != 0:
+        raise RuntimeError(f"the driver makes no tensor map (CUresult {result}) of {sizes}, {box}, {windows}")
     return ctypes.string_at(at, 128)
 
 

@@ -43,46 +43,63 @@ static void arrive(Barrier& barrier) {
 
 // ---- The copy engine
 
-// What the tests' launcher packs into a tensor map in the place of the driver.
+// What the tests' launcher packs into a tensor map in the place of the driver: of a matrix of bytes, or of images
+// [N, H, W, C] with the windows of a convolution.
 struct Map {
     uint64_t address;
     uint32_t rank, swizzle;
-    uint64_t sizes[4], strides[3];
-    uint32_t box[4], steps[4];
+    uint64_t sizes[4];             // columns and rows, or C, W, H, N
+    uint32_t box[2];               // columns and rows, or channels and pixels
+    int32_t first[2], last[2];     // of windows, along W and H: the first one's place, the last one's from the last pixel
+    uint32_t steps[2];
 };
 static_assert(sizeof(Map) <= sizeof(TensorMap), "it has room there");
 
+// What a copy is of: columns from at[0] on, rows from at[1] on; or channels and windows (at[1], at[2], at[3]) of images,
+// of which the pixels at this place.
+struct Place {
+    int at[4];
+    unsigned tap[2];
+};
+
 // Calls one(place in shared memory, place in the tensor or null) for each byte of a box.
 template <class One>
-static void each_byte(const Map& map, const int (&at)[4], unsigned address, size_t bytes, One one) {
-    unsigned line[4] = {};  // counts the box's elements; [0] is of bytes, contiguous in memory
-    for (size_t done = 0; done < bytes; done += map.box[0]) {
+static void each_byte(const Map& map, const Place& place, unsigned address, One one) {
+    int64_t at[4] = {place.at[0], place.at[1], place.at[2], place.at[3]};
+    for (unsigned row = 0; row < map.box[1]; ++row) {
         auto* global = reinterpret_cast<unsigned char*>(map.address);
+        int64_t stride = 1;
         bool inside = true;
         for (unsigned d = 1; d < map.rank; ++d) {
-            const int64_t place = at[d] + static_cast<int64_t>(line[d]) * map.steps[d];
-            inside = inside && place >= 0 && place < static_cast<int64_t>(map.sizes[d]);
-            if (inside) global += place * map.strides[d - 1];
+            stride *= map.sizes[d - 1];
+            const int64_t index = at[d] + (map.rank == 4 && d < 3 ? place.tap[d - 1] : 0);
+            inside = inside && index >= 0 && index < static_cast<int64_t>(map.sizes[d]);
+            global += index * stride;
         }
         for (unsigned byte = 0; byte < map.box[0]; ++byte) {
-            const int64_t place = at[0] + static_cast<int64_t>(byte);
-            const unsigned plain = address + done + byte;
-            const unsigned turn = map.swizzle == 3 ? plain >> 7 & 7 : map.swizzle == 2 ? plain >> 7 & 3 : 0;
-            const bool valid = inside && place >= 0 && place < static_cast<int64_t>(map.sizes[0]);
-            one(static_cast<int>((plain ^ turn << 4) - address), valid ? global + place : nullptr);
+            const int64_t column = at[0] + static_cast<int64_t>(byte);
+            const unsigned plain = address + row * map.box[0] + byte;
+            const unsigned turn = map.swizzle == 3 ? plain >> 7 & 7 : plain >> 7 & 3;
+            const bool valid = inside && column >= 0 && column < static_cast<int64_t>(map.sizes[0]);
+            one(static_cast<int>((plain ^ turn << 4) - address), valid ? global + column : nullptr);
         }
-        for (unsigned d = 1; d < map.rank; ++d) {
-            if (++line[d] < (map.box[d] + map.steps[d] - 1) / map.steps[d]) break;
-            line[d] = 0;
+        if (map.rank == 2) {
+            ++at[1];
+            continue;
+        }
+        for (unsigned d = 1;; ++d) {  // the next window
+            if (d == 3) {
+                ++at[3];
+                break;
+            }
+            at[d] += map.steps[d - 1];
+            if (at[d] < static_cast<int64_t>(map.sizes[d]) + map.last[d - 1]) break;
+            at[d] = map.first[d - 1];
         }
     }
 }
 
-static size_t box_bytes(const Map& map) {
-    size_t bytes = map.box[0];
-    for (unsigned d = 1; d < map.rank; ++d) bytes *= (map.box[d] + map.steps[d] - 1) / map.steps[d];
-    return bytes;
-}
+static size_t box_bytes(const Map& map) { return map.box[0] * map.box[1]; }
 
 static Map map_of(const char* what, const TensorMap* tensor_map, unsigned rank, unsigned address) {
     Map map;
@@ -95,7 +112,8 @@ static Map map_of(const char* what, const TensorMap* tensor_map, unsigned rank, 
 
 struct Load {
     Map map;
-    int at[4], block;
+    Place place;
+    int block;
     unsigned address;
     unsigned char* to;
     Barrier* barrier;
@@ -104,18 +122,18 @@ struct Load {
 static std::vector<Load> loads;
 
 static void land(const Load& load) {
-    each_byte(load.map, load.at, load.address, load.bytes,
+    each_byte(load.map, load.place, load.address,
               [&](int place, const unsigned char* from) { load.to[place] = from ? *from : 0; });
     load.barrier->bytes -= load.bytes;
     end_phase(*load.barrier);
 }
 
 static void load(const char* what, unsigned rank, unsigned dst, const TensorMap* tensor_map, unsigned bar,
-                 const int (&at)[4]) {
+                 const Place& place) {
     Load load;
     load.map = map_of(what, tensor_map, rank, dst);
     load.bytes = box_bytes(load.map);
-    std::memcpy(load.at, at, sizeof(at));
+    load.place = place;
     load.block = self->block;
     load.address = dst;
     load.to = shared_pointer(dst, load.bytes, what);
@@ -148,7 +166,7 @@ static void leave(const Store& store) {
     std::memcpy(&map, store.map, sizeof(Map));
     const unsigned char* const from = shared_pointer(store.address, store.bytes.size(), "tma_store");
     if (std::memcmp(from, store.bytes.data(), store.bytes.size())) fail("tma_store: its bytes changed while it was under way");
-    each_byte(map, store.at, store.address, store.bytes.size(), [&](int place, unsigned char* to) {
+    each_byte(map, {{store.at[0], store.at[1]}, {}}, store.address, [&](int place, unsigned char* to) {
         if (to) *to = store.bytes[place];
     });
 }
@@ -342,11 +360,21 @@ void prefetch_map(const TensorMap* map) {
 }
 
 void tma_load_2d(unsigned dst, const TensorMap* map, unsigned bar, int c0, int c1) {
-    emulate::load("tma_load_2d", 2, dst, map, bar, {c0, c1, 0, 0});
+    emulate::load("tma_load_2d", 2, dst, map, bar, {{c0, c1}, {}});
 }
 
-void tma_load_4d(unsigned dst, const TensorMap* map, unsigned bar, int c0, int c1, int c2, int c3) {
-    emulate::load("tma_load_4d", 4, dst, map, bar, {c0, c1, c2, c3});
+void tma_load_pixels(unsigned dst, const TensorMap* map, unsigned bar, int channel, int w, int h, int n, int tap_w,
+                     int tap_h) {
+    emulate::Map parsed;
+    std::memcpy(&parsed, map, sizeof(parsed));
+    const int at[2] = {w, h}, taps[2] = {tap_w, tap_h};
+    for (int d = 0; d < 2; ++d) {
+        const int from = at[d] - parsed.first[d], end = static_cast<int>(parsed.sizes[1 + d]) + parsed.last[d];
+        if (from < 0 || at[d] >= end || from % parsed.steps[d]) emulate::fail("tma_load_pixels: no window begins there");
+        if (taps[d] < 0 || taps[d] > 255) emulate::fail("tma_load_pixels: too far from the window's begin");
+    }
+    emulate::load("tma_load_pixels", 4, dst, map, bar,
+                  {{channel, w, h, n}, {static_cast<unsigned>(tap_w), static_cast<unsigned>(tap_h)}});
 }
 
 void named_barrier(int id, int threads) {
@@ -433,9 +461,9 @@ void stmatrix_x4_turned(unsigned row, const unsigned (&v)[4]) {
 
 void fence_copy_engine() { emulate::self->unfenced = false; }
 
-void tma_store_4d(const TensorMap* map, unsigned src, int c0, int c1, int c2, int c3) {
+void tma_store_2d(const TensorMap* map, unsigned src, int c0, int c1) {
     emulate::Store store;
-    const emulate::Map parsed = emulate::map_of("tma_store", map, 4, src);
+    const emulate::Map parsed = emulate::map_of("tma_store", map, 2, src);
     const size_t bytes = emulate::box_bytes(parsed);
     const unsigned char* const from = emulate::shared_pointer(src, bytes, "tma_store");
     for (const emulate::Fiber& fiber : emulate::fibers) {  // its warpgroup's
@@ -445,8 +473,7 @@ void tma_store_4d(const TensorMap* map, unsigned src, int c0, int c1, int c2, in
     std::memcpy(store.map, &parsed, sizeof(parsed));
     store.address = src;
     store.bytes.assign(from, from + bytes);
-    const int at[4] = {c0, c1, c2, c3};
-    std::memcpy(store.at, at, sizeof(at));
+    store.at[0] = c0, store.at[1] = c1;
     emulate::self->stores.push_back(store);
     emulate::dawdle();
 }

@@ -17,14 +17,15 @@ void barrier_arrive(unsigned bar);
 void barrier_wait(unsigned bar, unsigned parity);
 void prefetch_map(const TensorMap* map);
 void tma_load_2d(unsigned dst, const TensorMap* map, unsigned bar, int c0, int c1);
-void tma_load_4d(unsigned dst, const TensorMap* map, unsigned bar, int c0, int c1, int c2, int c3);
+void tma_load_pixels(unsigned dst, const TensorMap* map, unsigned bar, int channel, int w, int h, int n, int tap_w,
+                     int tap_h);
 void named_barrier(int id, int threads);
 void wgmma_fence();
 void wgmma_commit();
 unsigned turn_over(unsigned v);
 void stmatrix_x4_turned(unsigned row, const unsigned (&v)[4]);
 void fence_copy_engine();
-void tma_store_4d(const TensorMap* map, unsigned src, int c0, int c1, int c2, int c3);
+void tma_store_2d(const TensorMap* map, unsigned src, int c0, int c1);
 void stores_wait_read();
 void store_shared(unsigned address, unsigned v);
 void cluster_sync();

@@ -59,7 +59,7 @@ struct Product {
 // A copy from shared memory that is under way.
 struct Store {
     unsigned char map[128];
-    int at[4];
+    int at[2];
     unsigned address;
     std::vector<unsigned char> bytes;
 };

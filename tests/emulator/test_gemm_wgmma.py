@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 import struct
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -150,23 +152,21 @@ CONVOLUTIONS = {
 CASES = LINEAR | {f"convolution, {name}": case for name, case in CONVOLUTIONS.items()}
 
 
-def encode(address, sizes, strides, box, steps, swizzle):
+def encode(address, sizes, box, swizzle, *windows):
     """In the driver's place: a tensor map for emulate_sm90.h, where the driver would make one."""
     rank = len(sizes)
     assert address % 16 == 0
     assert all(0 < size <= 2**32 for size in sizes)
-    assert len(strides) == rank - 1
-    assert all(stride % 16 == 0 and 0 < stride < 2**40 for stride in strides)
-    assert all(0 < extent <= 256 for extent in box)
-    assert all(0 < step <= 8 for step in steps)
+    assert all(size % 16 == 0 and size < 2**40 for size in itertools.accumulate(sizes[:-1], operator.mul))
     assert box[0] % 16 == 0
     assert box[0] <= 32 << (swizzle - 1)
-
-    def four(values, fill):
-        return (*values, *([fill] * (4 - len(values))))
-
-    fields = (address, rank, swizzle, *four(sizes, 1), *four(strides, 0)[:3], *four(box, 1), *four(steps, 1))
-    return struct.pack("QII7Q8I", *fields).ljust(128, b"\0")
+    assert 0 < box[1] <= 256
+    assert rank == (4 if windows else 2)
+    first, last, steps = zip(*reversed(windows), strict=True) if windows else ((0, 0), (0, 0), (1, 1))
+    assert all(-128 <= place <= 127 for place in (*first, *last))
+    assert all(0 < step <= 8 for step in steps)
+    fields = (address, rank, swizzle, *sizes, *([1] * (4 - rank)), *box, *first, *last, *steps)
+    return struct.pack("QII4Q2I4i2I", *fields).ljust(128, b"\0")
 
 
 @pytest.fixture
