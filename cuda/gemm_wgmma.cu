@@ -13,6 +13,8 @@
 //   TOKENS     output pixels a tile: 16 or a multiple of 32, to 256
 //   RANK       of the low-rank branch in units of 32, rounded up; 0: there is none. LOW: its type, 1 half, 2 bfloat16
 //   IMAGE      1: pixels of images, any kernel; 0: one row of them, 1x1
+//   PIECE      channels that the copy engine brings at a time: 128, one piece a stage, the last of a tap with what is left of the
+//              channels; or 64, two pieces a stage, of one tap or two, where that leaves no piece half empty
 //   SEGMENTED  1: channel segments with scales of their own, summed in float32
 //   OUT        results: 0 float32, or the integers themselves, 1 half, 2 bfloat16
 //   ELEMENTS   1: results are stored one by one (always with OUT 0); 0: by the copy engine, from shared memory
@@ -36,7 +38,7 @@ constexpr int kRegisters = 65536 / (kConsumers + 128) / 8 * 8;
 constexpr int kProducerRegisters = SPLIT > 1 ? 56 : 40;
 constexpr int kConsumerRegisters = (kRegisters * (WARPGROUPS + 1) - kProducerRegisters) / WARPGROUPS / 8 * 8;
 // Tokens of a step of the epilogue.
-constexpr int kChunk = TOKENS < 32 || EXTRAS || (RANK && (ELEMENTS || WARPGROUPS > 2)) || SPLIT > 1 ? 16 : 32;
+constexpr int kChunk = TOKENS < 32 || EXTRAS || SPLIT > 1 ? 16 : 32;
 // Where a block does several segments, the sums of those that are complete are in registers, as many as there are beside the
 // accumulators, and in shared memory.
 constexpr int kAccumulators = TOKENS / 2;
@@ -51,6 +53,7 @@ constexpr int kStoreBytes = ELEMENTS ? 0 : kStores * kStored * 128;  // of a war
 constexpr int kWeightRow = WEIGHT == 8 ? 128 : 64;  // bytes of a weight row in a stage of 128
 constexpr int kWeightBytes = kFeatures * kWeightRow;
 constexpr int kInputBytes = TOKENS * 128;
+constexpr int kPieceBytes = TOKENS * PIECE;
 constexpr int kStageBytes = kWeightBytes + kInputBytes;
 constexpr int kMultiplierBytes = WEIGHT == 4 ? 4 * kFeatures : 0;  // of a stage: one for each row and block of 32
 constexpr int kMaxSegments = 4;
@@ -90,43 +93,57 @@ struct Params {
     int kernel_w, taps, stride_h, stride_w, padding_h, padding_w;
     int segments, channels[kMaxSegments];
     int parts[kMaxSegments];  // with SPLIT: blocks of each segment, SPLIT in all
-    int whole_tiles, all_whole, tiles;  // of a run of pixels, of all of them, and those with few features too
+    int feature_tiles, tiles;  // of a run of pixels, and in all
     int pixels_per_scale;
     int multiplier_stride;
     int is_integer, bias_dtype, shift_dtype;
 };
 
-// Where the K axis is: stages of 128 channels of one tap, the last of a tap with what is left of the segment's.
+// How many stages of 128 a segment has: of all taps together, or of each of them.
+__device__ __forceinline__ int stages_of(const Params& p, int segment) {
+    const int blocks = p.channels[segment] / 32, taps = IMAGE ? p.taps : 1;
+    return PIECE < 128 ? (taps * blocks + 3) / 4 : taps * ((blocks + 3) / 4);
+}
+
+// The blocks of 32, of weights, along the K axis: stages of four, the last of a tap with what is left of the segment's; or the
+// last of the segment, where stages do not end with a tap.
 struct Walk {
-    int chunk, chunks, blocks, block, tap_h, tap_w, channel;
+    int chunk, chunks, blocks, block;
 
     __device__ Walk(const Params& p, int segment, int stage) {
-        blocks = p.channels[segment] / 32;
+        const int taps = IMAGE ? p.taps : 1;
+        blocks = p.channels[segment] / 32 * (PIECE < 128 ? taps : 1);
         chunks = (blocks + 3) / 4;
-        chunk = stage, block = 4 * stage;
-        channel = tap_h = tap_w = 0;
-        for (int s = 0; kSeveral && s < segment; ++s) channel += p.channels[s];
-        if (!IMAGE) {
-            block += channel / 32;
-            return;
-        }
-        const int tap = SPLIT > 1 ? stage / chunks : 0;  // a block that is alone begins with the first
+        const int tap = PIECE == 128 && IMAGE && SPLIT > 1 ? stage / chunks : 0;  // a block that is alone begins with the first
         chunk = stage - tap * chunks;
-        block = channel / 32 * p.taps + tap * blocks + 4 * chunk;
-        tap_h = tap / p.kernel_w;
-        tap_w = tap - tap_h * p.kernel_w;
+        block = tap * blocks + 4 * chunk;
+        for (int s = 0; kSeveral && s < segment; ++s) block += p.channels[s] / 32 * taps;
     }
     // The blocks of 32 in this stage.
     __device__ int here() const { return min(4, blocks - 4 * chunk); }
-    __device__ void next(const Params& p) {
+    __device__ void next() {
         block += here();
-        if (++chunk == chunks && IMAGE) {
-            chunk = 0;
-            if (++tap_w == p.kernel_w) {
-                tap_w = 0;
-                ++tap_h;
-            }
-        }
+        if (++chunk == chunks && IMAGE && PIECE == 128) chunk = 0;
+    }
+};
+
+// The pieces, of pixels, along the K axis.
+struct Pieces {
+    int channel, first, left, pieces, tap_h, tap_w;  // left: of this tap
+
+    __device__ Pieces(const Params& p, int segment, int stage) {
+        first = tap_h = tap_w = 0;
+        for (int s = 0; kSeveral && s < segment; ++s) first += p.channels[s];
+        pieces = (p.channels[segment] + PIECE - 1) / PIECE;
+        const int piece = stage * (128 / PIECE), tap = IMAGE && SPLIT > 1 ? piece / pieces : 0, part = piece - tap * pieces;
+        left = pieces - part, channel = first + PIECE * part;
+        if (IMAGE && SPLIT > 1) tap_h = tap / p.kernel_w, tap_w = tap % p.kernel_w;
+    }
+    __device__ void next(const Params& p) {
+        channel += PIECE;
+        if (--left > 0 || !IMAGE) return;
+        left = pieces, channel = first;
+        if (++tap_w == p.kernel_w) tap_w = 0, ++tap_h;
     }
 };
 
@@ -144,28 +161,25 @@ struct Share {
         }
     }
     __device__ void stages(const Params& p, int segment, int& first, int& end) const {
-        const int total = (IMAGE ? p.taps : 1) * ((p.channels[segment] / 32 + 3) / 4);
+        const int total = stages_of(p, segment);
         first = part * total / parts;
         end = (part + 1) * total / parts;
     }
 };
 
-// This block's tiles, one after the other: runs of pixels, and the features of each. The tiles of last features, where a
-// warpgroup has none, come after all the whole ones, so that blocks are done at about the same time.
+// This block's tiles, one after the other: runs of pixels, and the features of each. One division, and no more of them.
 struct Position {
     int index, run, features;  // of features: tiles of them
     int runs, more_features;   // from one tile to the next
 
     __device__ explicit Position(const Params& p) {
         index = blockIdx.x / SPLIT;
-        run = index / p.whole_tiles, features = index % p.whole_tiles;
-        runs = gridDim.x / p.whole_tiles, more_features = gridDim.x % p.whole_tiles;
-        if (index >= p.all_whole) last_features(p);
+        run = index / p.feature_tiles, features = index % p.feature_tiles;
+        runs = gridDim.x / p.feature_tiles, more_features = gridDim.x % p.feature_tiles;
     }
     __device__ bool inside(const Params& p) const { return index < p.tiles; }
     __device__ int token() const { return run * TOKENS; }
     __device__ int feature() const { return features * kFeatures; }
-    __device__ void last_features(const Params& p) { run = index - p.all_whole, features = p.whole_tiles; }
     __device__ void next(const Params& p) {
         if (SPLIT > 1) {  // a cluster has one
             index = p.tiles;
@@ -173,8 +187,10 @@ struct Position {
         }
         index += gridDim.x;
         run += runs, features += more_features;
-        if (features >= p.whole_tiles) features -= p.whole_tiles, ++run;
-        if (index >= p.all_whole) last_features(p);
+        if (more_features == 0)  // or one block would have all the tiles of last features, which are less work
+            features = features + 1 == p.feature_tiles ? 0 : features + 1;
+        else if (features >= p.feature_tiles)
+            features -= p.feature_tiles, ++run;
     }
 };
 
@@ -208,7 +224,7 @@ __device__ __forceinline__ void produce(const Params& p, unsigned stages, unsign
         share.stages(p, share.first_segment, first, end);
         Walk walk(p, share.first_segment, first);
         Ring to{0, 0};
-        for (; early < min(STAGES, end - first); ++early, to.next(), walk.next(p))
+        for (; early < min(STAGES, end - first); ++early, to.next(), walk.next())
             load_weights(to, walk, position.feature());
     }
     prefetch_map(&p.input);
@@ -221,18 +237,21 @@ __device__ __forceinline__ void produce(const Params& p, unsigned stages, unsign
             int first, end;
             share.stages(p, segment, first, end);
             Walk walk(p, segment, first);
+            Pieces piece(p, segment, first);
             for (int i = first; i < end; ++i) {
-                const unsigned at = stages + ring.stage * kStageBytes, bar = full + 8 * ring.stage;
+                const unsigned at = stages + ring.stage * kStageBytes + kWeightBytes, bar = full + 8 * ring.stage;
                 if (early-- <= 0) {
                     barrier_wait(empty + 8 * ring.stage, ring.phase);
                     load_weights(ring, walk, feature);
                 }
-                const int channel = walk.channel + 128 * walk.chunk;
-                if (IMAGE)
-                    tma_load_pixels(at + kWeightBytes, &p.input, bar, channel, w0, h0, image, walk.tap_w, walk.tap_h);
-                else
-                    tma_load_2d(at + kWeightBytes, &p.input, bar, channel, token);
-                walk.next(p);
+#pragma unroll
+                for (unsigned to = at; to < at + kInputBytes; to += kPieceBytes, piece.next(p)) {
+                    if (IMAGE)
+                        tma_load_pixels(to, &p.input, bar, piece.channel, w0, h0, image, piece.tap_w, piece.tap_h);
+                    else
+                        tma_load_2d(to, &p.input, bar, piece.channel, token);
+                }
+                walk.next();
                 ring.next();
             }
         }
@@ -296,7 +315,7 @@ __device__ __forceinline__ void produce_multipliers(const Params& p, unsigned wo
                 }
                 const unsigned mask = 0xffffu >> (16 - 4 * walk.here());
                 const int shift = 4 * (walk.block & 7);
-                walk.next(p);
+                walk.next();
                 barrier_wait(empty + 8 * ring.stage, ring.phase);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
@@ -353,7 +372,8 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                                        : eight * 64 + (lane / 8 ^ lane / 2 % 4) * 16;
     const int my_multipliers = kMultipliers + 4 * (group * 64 + row);
     // The descriptor of the first stage's inputs. Those of the others differ in its low word, which has the address.
-    const unsigned long long inputs = tile_descriptor(stages + kWeightBytes);
+    const unsigned long long inputs =
+        PIECE == 128 ? tile_descriptor(stages + kWeightBytes) : narrow_tile_descriptor(stages + kWeightBytes);
     const unsigned first_inputs = opaque(static_cast<int>(inputs));  // or it is made anew in each stage
     // Results on their way to the copy engine: rows of 64 features, whose pieces of 16 bytes are swapped.
     const unsigned store = stages + STAGES * kStageBytes + group * kStoreBytes;
@@ -514,8 +534,10 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                     for (int b = 0; b < kGroup; ++b) unpack(fragment[b], block + b, blocks, ring.stage);
                     wgmma_fence();
 #pragma unroll
-                    for (int b = 0; b < kGroup; ++b)
-                        wgmma_s8(acc, fragment[b], desc + 2 * (block + b), add || block + b > 0);
+                    for (int b = 0; b < kGroup; ++b) {
+                        const int at = 32 * (block + b);  // of 128
+                        wgmma_s8(acc, fragment[b], desc + (at / PIECE * kPieceBytes + at % PIECE) / 16, add || at > 0);
+                    }
                     wgmma_commit();
                     wgmma_wait<1>();
                     if (block == 0 && i > first) release(before);
@@ -523,7 +545,7 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 add = true;
                 before = empty + 8 * ring.stage;
                 ring.next();
-                walk.next(p);
+                walk.next();
             }
             if (!kSums && SPLIT == 1) share_tables();  // while the last products are under way
             wgmma_wait<0>();
@@ -564,12 +586,6 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
         }
 
         // Epilogue: float32, each step rounded on its own, one cast at the end; kChunk tokens at a time.
-        const int low_stage = ring.stage;
-        if (RANK && SPLIT == 1)
-            for (int r = 0; r < RANK; ++r) {
-                barrier_wait(full + 8 * ring.stage, ring.phase);
-                ring.next();
-            }
         const int here = first_token;  // that of the next tile is looked up now
         const float factor[2] = {weight_scale[0], weight_scale[1]};
         float bias[2];
@@ -578,21 +594,42 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
             bias[i] = p.bias_dtype == 0 ? __uint_as_float(bias_bits[i]) : float_of_bits(bias_bits[i], p.bias_dtype);
         if (kAhead) look_up(after);
         constexpr int kValues = kChunk / 2;
-        float low[2][kValues];
-        auto multiply_low = [&](int chunk, float (&sums)[kValues]) {
-            int at = low_stage;
+        // Four results without what is added to them, from their sums of all segments.
+        auto result = [&](const float4& y) {
+            return make_float4(__fadd_rn(__fmul_rn(y.x, factor[0]), bias[0]), __fadd_rn(__fmul_rn(y.y, factor[0]), bias[0]),
+                               __fadd_rn(__fmul_rn(y.z, factor[1]), bias[1]), __fadd_rn(__fmul_rn(y.w, factor[1]), bias[1]));
+        };
+        // The low-rank branch of some tokens, added to their results: the tensor cores' sums begin with these.
+        auto add_low = [&](auto& results, int at, int first) {
+            const unsigned ups = stages + (SPLIT > 1 ? kExchanged + at * kLowBytes : at * kStageBytes);
+            const unsigned rows = ups + (SPLIT > 1 ? kFeatures * kLowRow : kWeightBytes) + first * kLowRow;
+            const unsigned long long a = narrow_tile_descriptor(ups + group * 64 * kLowRow), b = narrow_tile_descriptor(rows);
+            wgmma_half<LOW>(results, a, b);
+            wgmma_half<LOW>(results, a + 2, b + 2);
+        };
+        auto last_sum = [&](int j) {
+            const float4 y = scaled(four(j), j, kSums ? p.segments - 1 : 0);
+            return kSums ? add4(sum_before(j), y) : y;
+        };
+        if constexpr (RANK && SPLIT == 1) {  // of all tokens at once, where the integers were
+#pragma unroll
+            for (int j = 0; j < kAccumulators; j += 4) {
+                const float4 y = result(last_sum(j));
+                acc[j] = __float_as_uint(y.x), acc[j + 1] = __float_as_uint(y.y);
+                acc[j + 2] = __float_as_uint(y.z), acc[j + 3] = __float_as_uint(y.w);
+            }
+            const Ring low = ring;
             wgmma_fence();
 #pragma unroll
-            for (int r = 0; r < RANK; ++r) {
-                const unsigned ups = stages + (SPLIT > 1 ? kExchanged + r * kLowBytes : at * kStageBytes);
-                const unsigned rows = ups + (SPLIT > 1 ? kFeatures * kLowRow : kWeightBytes) + chunk * kChunk * kLowRow;
-                const unsigned long long a = narrow_tile_descriptor(ups + group * 64 * kLowRow), b = narrow_tile_descriptor(rows);
-                wgmma_half<LOW>(sums, a, b, r > 0);
-                wgmma_half<LOW>(sums, a + 2, b + 2, 1);
-                if (++at == STAGES) at = 0;
+            for (int r = 0; r < RANK; ++r, ring.next()) {
+                barrier_wait(full + 8 * ring.stage, ring.phase);
+                add_low(acc, ring.stage, 0);
             }
             wgmma_commit();
-        };
+            wgmma_wait<0>();
+            ring = low;
+            for (int r = 0; r < RANK; ++r, ring.next()) release(empty + 8 * ring.stage);
+        }
         constexpr int kUnroll = SPLIT > 1 ? 1 : TOKENS / kChunk;
 #pragma unroll kUnroll
         for (int chunk = SPLIT > 1 ? cluster_rank() : 0; chunk < TOKENS / kChunk; chunk += SPLIT) {
@@ -626,13 +663,12 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                     y = segment > 0 ? add4(y, done) : done;
                 } else {
                     total[j / 4] = four(first + j);
-                    y = scaled(total[j / 4], first + j, kSums ? p.segments - 1 : 0);
-                    if (kSums) y = add4(sum_before(first + j), y);
+                    if (!RANK) y = last_sum(first + j);
                 }
-                v[j] = __fadd_rn(__fmul_rn(y.x, factor[0]), bias[0]);
-                v[j + 1] = __fadd_rn(__fmul_rn(y.y, factor[0]), bias[0]);
-                v[j + 2] = __fadd_rn(__fmul_rn(y.z, factor[1]), bias[1]);
-                v[j + 3] = __fadd_rn(__fmul_rn(y.w, factor[1]), bias[1]);
+                if (!RANK || SPLIT > 1) y = result(y);
+                else y = make_float4(__uint_as_float(acc[first + j]), __uint_as_float(acc[first + j + 1]),
+                                     __uint_as_float(acc[first + j + 2]), __uint_as_float(acc[first + j + 3]));
+                v[j] = y.x, v[j + 1] = y.y, v[j + 2] = y.z, v[j + 3] = y.w;
             }
             if (EXTRAS && p.shift) {  // neighbours mostly have one image
 #pragma unroll
@@ -653,21 +689,17 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                     }
                 }
             }
-            if (RANK && SPLIT > 1) {
-                multiply_low(chunk, low[0]);
+            if constexpr (RANK && SPLIT > 1) {
+                unsigned results[kValues];
+#pragma unroll
+                for (int j = 0; j < kValues; ++j) settled(results[j] = __float_as_uint(v[j]));
+                wgmma_fence();
+#pragma unroll
+                for (int r = 0; r < RANK; ++r) add_low(results, r, chunk * kChunk);
+                wgmma_commit();
                 wgmma_wait<0>();
 #pragma unroll
-                for (int j = 0; j < kValues; ++j) v[j] = __fadd_rn(v[j], low[0][j]);
-            } else if (RANK) {  // the next chunk's products run beside this one's epilogue
-                if (chunk == 0) multiply_low(0, low[0]);
-                if (chunk + 1 < TOKENS / kChunk) {
-                    multiply_low(chunk + 1, low[(chunk + 1) % 2]);
-                    wgmma_wait<1>();
-                } else {
-                    wgmma_wait<0>();
-                }
-#pragma unroll
-                for (int j = 0; j < kValues; ++j) v[j] = __fadd_rn(v[j], low[chunk % 2][j]);
+                for (int j = 0; j < kValues; ++j) v[j] = __uint_as_float(results[j]);
             }
             if (ELEMENTS) {
                 auto integer = [&](int j) {
@@ -726,11 +758,6 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                 }
             }
         }
-        if (RANK && SPLIT == 1)
-            for (int r = 0, at = low_stage; r < RANK; ++r) {
-                release(empty + 8 * at);
-                if (++at == STAGES) at = 0;
-            }
         if (SPLIT > 1) cluster_sync();  // the others, too, have read what they need of this block
     }
     if (!ELEMENTS && threadIdx.x % 128 == 0) stores_wait_read();  // shared memory is theirs until then

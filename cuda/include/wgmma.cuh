@@ -128,25 +128,29 @@ QDIFF_WGMMA_S8(160, "80", "81", "82", "83", "84", "85")
 QDIFF_WGMMA_S8(192, "96", "97", "98", "99", "100", "101")
 QDIFF_WGMMA_S8(256, "128", "129", "130", "131", "132", "133")
 
-// Of half (TYPE 1) or bfloat16 (TYPE 2), both operands in shared memory, sums in float32; 16 of K.
-#define QDIFF_FLOATS8(i) \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define QDIFF_WGMMA_HALF_OF(N, TYPE, A, B, ADD, ...) \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE \
-                 " {" QDIFF_D##N "}, %" A ", %" B ", p, 1, 1, 0, 0;\n}\n" \
-                 : __VA_ARGS__ \
-                 : "l"(a), "l"(b), "r"(add))
-#define QDIFF_WGMMA_HALF(N, A, B, ADD, ...) \
+// Of half (TYPE 1) or bfloat16 (TYPE 2), both operands in shared memory, added to sums in float32; 16 of K.
+#define QDIFF_WGMMA_HALF_OF(N, TYPE, A, B) \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE \
+                 " {" QDIFF_D##N "}, %" A ", %" B ", 1, 1, 1, 0, 0;\n" \
+                 : QDIFF_OUT##N \
+                 : "l"(a), "l"(b))
+#define QDIFF_WGMMA_HALF(N, A, B) \
     template <int TYPE> \
-    __device__ __forceinline__ void wgmma_half(float (&d)[N / 2], unsigned long long a, unsigned long long b, int add) { \
+    __device__ __forceinline__ void wgmma_half(unsigned (&d)[N / 2], unsigned long long a, unsigned long long b) { \
         if (TYPE == 2) \
-            QDIFF_WGMMA_HALF_OF(N, "bf16", A, B, ADD, __VA_ARGS__); \
+            QDIFF_WGMMA_HALF_OF(N, "bf16", A, B); \
         else \
-            QDIFF_WGMMA_HALF_OF(N, "f16", A, B, ADD, __VA_ARGS__); \
+            QDIFF_WGMMA_HALF_OF(N, "f16", A, B); \
     }
 
-QDIFF_WGMMA_HALF(16, "8", "9", "10", QDIFF_FLOATS8(0))
-QDIFF_WGMMA_HALF(32, "16", "17", "18", QDIFF_FLOATS8(0), QDIFF_FLOATS8(8))
+QDIFF_WGMMA_HALF(16, "8", "9")
+QDIFF_WGMMA_HALF(32, "16", "17")
+QDIFF_WGMMA_HALF(64, "32", "33")
+QDIFF_WGMMA_HALF(96, "48", "49")
+QDIFF_WGMMA_HALF(128, "64", "65")
+QDIFF_WGMMA_HALF(160, "80", "81")
+QDIFF_WGMMA_HALF(192, "96", "97")
+QDIFF_WGMMA_HALF(256, "128", "129")
 // clang-format on
 
 #endif

@@ -45,9 +45,7 @@ class Tile(NamedTuple):
 TILES = [
     *(Tile(tokens) for tokens in (256, 192, 160, 128, 96)),
     *(Tile(tokens, features=192) for tokens in (160, 128, 96)),
-    *(Tile(256, split) for split in (2, 4)),
-    *(Tile(tokens, split) for tokens in (192, 160) for split in (2, 4)),
-    *(Tile(96, split) for split in (2, 4)),
+    *(Tile(tokens, split) for tokens, split in ((256, 2), (192, 4), (160, 2), (96, 2))),
     *(Tile(128, split) for split in (2, 4, 8)),  # clusters of 3 or 6 leave multiprocessors idle
     *(Tile(tokens, split) for tokens in (64, 32, 16) for split in (1, 2, 4, 8)),
 ]
@@ -71,45 +69,34 @@ def guess(problem: Problem) -> Tile:
 
     A stage of 128 of K takes as long as its products (two cycles a token and warpgroup), but no less than what a warp
     does for it; a tile costs 26 cycles more for every token; a cluster's exchange 4,000, and 12 for every token. Fitted
-    to a sweep of 108 problems on an H200 (assets/benchmarks/tile_sweep.json), where its tiles are 0.8 % slower than the
-    fastest (geometric mean); fitted to one half of them, 0.5 to 1.0 % on the other.
+    to an earlier kernel's times of 108 problems on an H200; of this one's (assets/benchmarks/tile_sweep.json) its tiles
+    take 1.2 % longer than the fastest (geometric mean).
     """
     p = problem
     stages = _stages(p.segments, p.kernel)
     multiprocessors = _cupy.multiprocessors(p.x.device)
 
     def cycles(tile: Tile) -> float:
-        whole, all_whole, tiles = _counts(tile, p.B * p.OH * p.OW, p.N)
+        tiles = -(-p.B * p.OH * p.OW // tile.tokens) * -(-p.N // tile.features)
+        waves = -(-tiles * tile.split // multiprocessors)
+        stage = tile.groups * max(240 + 0.75 * tile.tokens, 2 * tile.tokens)
         longest = max(-(-count // part) for count, part in zip(stages, parts_of(stages, tile.split), strict=True))
         count = sum(stages) if tile.split == 1 else longest
-
-        def of_tile(groups: int) -> float:
-            stage = groups * max(240 + 0.75 * tile.tokens, 2 * tile.tokens)
-            return count * stage + 26 * tile.tokens + (4000 + 12 * tile.tokens) * (tile.split > 1)
-
-        all_groups = -(-p.N // 64)
-        most, fewest = of_tile(min(tile.groups, all_groups)), of_tile(all_groups - whole * tile.groups)
-        teams = max(1, multiprocessors // tile.split)
-        turns = [(_turns(all_whole, team, teams), _turns(tiles, team, teams)) for team in range(min(teams, tiles))]
-        return max(first * most + (both - first) * fewest for first, both in turns)
+        return waves * (count * stage + 26 * tile.tokens + (4000 + 12 * tile.tokens) * (tile.split > 1))
 
     return min((tile for tile in TILES if fits(tile, problem)), key=cycles)
 
 
-def _counts(tile: Tile, pixels: int, features: int) -> tuple[int, int, int]:
-    """Tiles of a run of pixels that keep all warpgroups busy, of all runs; and with those that do not."""
-    runs, whole = -(-pixels // tile.tokens), max(1, (features + 63) // tile.features)
-    return whole, runs * whole, runs * -(-features // tile.features)
-
-
-def _turns(count: int, team: int, teams: int) -> int:
-    """Of things that are dealt out in turn, how many come to one of the teams."""
-    return max(0, -(-(count - team) // teams))
+def _piece(segments: Sequence[int], kernel: tuple[int, int]) -> int:
+    """Channels that the copy engine brings at a time: pieces of 64 where those of 128 would leave stages half empty."""
+    halves = all(width % 64 == 0 for width in segments) and any(width % 128 for width in segments)
+    return 64 if halves and kernel != (1, 1) else 128
 
 
 def _stages(segments: Sequence[int], kernel: tuple[int, int]) -> tuple[int, ...]:
-    """Of each segment: of all taps, 128 channels each."""
-    return tuple(-(-width // 128) * kernel[0] * kernel[1] for width in segments)
+    """Of each segment, 128 channels each: of all taps together, or of each of them."""
+    together = kernel[0] * kernel[1] if _piece(segments, kernel) < 128 else 1
+    return tuple(-(-width * together // 128) * kernel[0] * kernel[1] // together for width in segments)
 
 
 def parts_of(stages: Sequence[int], split: int) -> tuple[int, ...]:
@@ -171,7 +158,16 @@ def _shared(tile: Tile, weight: int, segmented: bool, elements: bool, extras: bo
 
 
 def _defines(
-    tile: Tile, weight: int, rank: int, low: int, image: bool, segmented: bool, out: int, elements: bool, extras: bool
+    tile: Tile,
+    weight: int,
+    rank: int,
+    low: int,
+    image: bool,
+    piece: int,
+    segmented: bool,
+    out: int,
+    elements: bool,
+    extras: bool,
 ) -> tuple[tuple[str, int], ...]:
     return (
         ("WEIGHT", weight),
@@ -180,6 +176,7 @@ def _defines(
         ("RANK", rank),
         ("LOW", low),
         ("IMAGE", int(image)),
+        ("PIECE", piece),
         ("SEGMENTED", int(segmented)),
         ("OUT", out),
         ("ELEMENTS", int(elements)),
@@ -202,7 +199,7 @@ class _Plan(NamedTuple):
 
 # The kernel's parameters: tensor maps, pointers and whether to read weights early; then integers.
 _MAPS_AND_POINTERS = struct.Struct("128s128s128s128s128s9Q")
-_INTEGERS = struct.Struct("27i12x")  # to a multiple of 64 bytes, as the tensor maps make the struct
+_INTEGERS = struct.Struct("26i16x")  # to a multiple of 64 bytes, as the tensor maps make the struct
 _NO_MAP = bytes(128)
 
 
@@ -229,7 +226,8 @@ def _plan(
     several = len(segments) > 1 and out != 3
     linear = images == 1 and height == 1 and is_pointwise(kernel, stride, padding) and (several or len(segments) == 1)
     segmented = several and (tile.split == 1 or linear)  # by blocks that do more than one, or not as images
-    pixels = images * height * width
+    pixels, feature_tiles = images * height * width, -(-features // tile.features)
+    tiles = -(-pixels // tile.tokens) * feature_tiles
     none = [0] * (MAX_SEGMENTS - len(segments))
     stages = _stages(segments, kernel)
     integers = _INTEGERS.pack(
@@ -237,15 +235,15 @@ def _plan(
         *(kernel[1], kernel[0] * kernel[1], *stride, *padding),
         *(len(segments), *segments, *none),
         *(*parts_of(stages, tile.split), *none),
-        *_counts(tile, pixels, features),
+        *(feature_tiles, tiles),
         max(1, pixels // max(1, scale_rows)),
         *((sum(segments) * kernel[0] * kernel[1] // 32 + 1) // 2,),
         *(int(out == 3), bias, shift),
     )
+    piece, ranks = _piece(segments, kernel), -(-rank // _RANKS)
     source = _cupy.kernel(
-        "gemm_wgmma", _defines(tile, weight, -(-rank // _RANKS), low, not linear, segmented, out % 3, elements, extras)
+        "gemm_wgmma", _defines(tile, weight, ranks, low, not linear, piece, segmented, out % 3, elements, extras)
     )
-    tiles = _counts(tile, pixels, features)[2]
     blocks = tiles * tile.split if tile.split > 1 else min(tiles, _cupy.multiprocessors(torch.device("cuda", device)))
     return _Plan(
         source,
@@ -300,8 +298,9 @@ def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
     row, swizzle = (128, 3) if p.weight_kind == 8 else (64, 2)
     weight_maps = _maps_of((weight_bytes, n), (row, tile.features), swizzle)
     if plan.image:
+        piece = _piece(p.segments, p.kernel)
         window = [(-pad, pad - size + 1, step) for pad, size, step in zip(p.padding, p.kernel, p.stride, strict=True)]
-        input_maps = _maps_of((c, p.W, p.H, p.B), (128, tile.tokens), 3, *window)
+        input_maps = _maps_of((c, p.W, p.H, p.B), (piece, tile.tokens), 3 if piece == 128 else 2, *window)
     else:
         input_maps = _maps_of((c, pixels), (128, tile.tokens), 3)
     up_maps = low_maps = out_maps = None
@@ -399,17 +398,17 @@ def _encode(
 
 # A cover of what `prepare` may ask for: every tile, and with some of them every other macro.
 VARIANTS = [
-    ("gemm_wgmma", _defines(tile, weight, rank, low, image, segmented, out, elements, extras))
+    ("gemm_wgmma", _defines(tile, weight, rank, low, image, piece, segmented, out, elements, extras))
     for tile in TILES
     for weight in (4, 5, 8)
-    for rank, low, image, segmented, out, elements, extras in (
-        (0, 0, False, False, 1, False, False),
-        (1, 2, False, False, 2, False, True),
-        (0, 0, True, True, 1, False, True),
-        (0, 0, True, False, 0, True, True),
-        (4, 1, False, False, 1, True, False),
-        (1, 1, False, False, 1, False, False),
-        (0, 0, False, True, 1, False, False),
+    for rank, low, image, piece, segmented, out, elements, extras in (
+        (0, 0, False, 128, False, 1, False, False),
+        (1, 2, False, 128, False, 2, False, True),
+        (0, 0, True, 64, True, 1, False, True),
+        (0, 0, True, 128, False, 0, True, True),
+        (4, 1, False, 128, False, 1, True, False),
+        (1, 1, False, 128, False, 1, False, False),
+        (0, 0, False, 128, True, 1, False, False),
     )
     if (weight == 4 or tile in (Tile(256), Tile(192), Tile(128), Tile(64, 4)))
     and (not (rank or elements) or tile in (Tile(256), Tile(160), Tile(128), Tile(128, 8), Tile(64, 4)))

@@ -256,10 +256,9 @@ static void begin_product(Wgmma** lanes) {
 
 struct WgmmaHalf {
     Fiber* fiber;
-    float* d;
+    unsigned* d;
     int registers, kind;
     unsigned long long a, b;
-    int add;
 };
 
 // Both operands in shared memory, 16 values of K in half or bfloat16; the sums are of double.
@@ -275,16 +274,16 @@ static void begin_half_product(WgmmaHalf** lanes) {
     const unsigned char* const left = &all[self->warp % 4 * 16 * 32];
     for (int lane = 0; lane < 32; ++lane) {
         WgmmaHalf& one = *lanes[lane];
-        if (one.a != lanes[0]->a || one.b != lanes[0]->b || !one.add != !lanes[0]->add) fail("wgmma: lanes differ");
+        if (one.a != lanes[0]->a || one.b != lanes[0]->b) fail("wgmma: lanes differ");
         if (!one.fiber->fenced) fail("wgmma: registers were used since the last fence");
-        auto* const registers = reinterpret_cast<unsigned*>(one.d);
+        unsigned* const registers = one.d;
         Accumulator& d = accumulator(*one.fiber, registers, count);
         for (int i = 0; i < count; ++i) {
             if (d.under_way && registers[i] != POISON) fail("wgmma: its result was touched while it was under way");
             const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
             float was;
             std::memcpy(&was, d.under_way ? &d.values[i] : &registers[i], 4);
-            double sum = one.add ? was : 0.0;
+            double sum = was;
             for (int k = 0; k < 16; ++k) sum += static_cast<double>(value(left + row * 32 + 2 * k)) * value(&right[column * 32 + 2 * k]);
             const float rounded = static_cast<float>(sum);
             std::memcpy(&d.values[i], &rounded, 4);
@@ -546,8 +545,8 @@ void emulate::wgmma(unsigned* d, int registers, const unsigned* a, unsigned long
     collective("wgmma_s8", request, none, [](Wgmma** lanes, int**) { begin_product(lanes); });
 }
 
-void emulate::wgmma_half(float* d, int registers, int kind, unsigned long long a, unsigned long long b, int add) {
-    WgmmaHalf request = {self, d, registers, kind, a, b, add};
+void emulate::wgmma_half(unsigned* d, int registers, int kind, unsigned long long a, unsigned long long b) {
+    WgmmaHalf request = {self, d, registers, kind, a, b};
     int none = 0;
     collective("wgmma_half", request, none, [](WgmmaHalf** lanes, int**) { begin_half_product(lanes); });
 }

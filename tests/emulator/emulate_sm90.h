@@ -61,8 +61,8 @@ static inline unsigned pack_bf16x2(float low, float high) {
 
 namespace emulate {
 void wgmma(unsigned* d, int registers, const unsigned* a, unsigned long long descriptor, int add);
-// Of half (`kind` 1) or bfloat16 (2).
-void wgmma_half(float* d, int registers, int kind, unsigned long long a, unsigned long long b, int add);
+// Of half (`kind` 1) or bfloat16 (2), added to d's floats.
+void wgmma_half(unsigned* d, int registers, int kind, unsigned long long a, unsigned long long b);
 void wait_for_products(size_t groups);
 }  // namespace emulate
 
@@ -79,6 +79,6 @@ static inline void wgmma_s8(unsigned (&d)[REGISTERS], const unsigned (&a)[4], un
 }
 
 template <int KIND, int REGISTERS>
-static inline void wgmma_half(float (&d)[REGISTERS], unsigned long long a, unsigned long long b, int add) {
-    emulate::wgmma_half(d, REGISTERS, KIND, a, b, add);
+static inline void wgmma_half(unsigned (&d)[REGISTERS], unsigned long long a, unsigned long long b) {
+    emulate::wgmma_half(d, REGISTERS, KIND, a, b);
 }

@@ -68,6 +68,7 @@ LINEAR = {
     "64 tokens, two blocks": Case(HALVES, n=136, segments=(672,), size=(1, 1, 70), scale_rows=70),
     "128 tokens, four blocks": Case(WIDE_QUARTERS, n=136, segments=(1184,), size=(1, 1, 150), scale_rows=150),
     "192 features": Case(LARGE, n=388, segments=(672,), size=(1, 1, 200), scale_rows=200, multiprocessors=1),
+    "tiles of all features for each block": Case(ODD, n=260, segments=(96,), size=(1, 1, 500), scale_rows=500),
     "192 features, int8, less than a tile": Case(LARGE, n=72, segments=(160,), size=(1, 1, 60), weight=8),
     "192 features, rank 48, residual": Case(LARGE, n=200, segments=(320,), size=(1, 1, 140), rank=48, residual=True),
     "192 features, rank 32": Case(LARGE, n=320, segments=(96,), size=(1, 1, 200), rank=32, multiprocessors=1),
@@ -107,6 +108,11 @@ CONVOLUTIONS = {
     "C = 32": Case(ODD, n=36, segments=(32,), size=(2, 7, 5), scale_rows=2, shift=True, **THREE),
     "C = 96, stride 2": Case(ODD, n=36, segments=(96,), size=(3, 9, 6), stride=(2, 2), residual=True, **THREE),
     "C = 160, no padding": Case(ODD, n=132, segments=(160,), size=(1, 6, 17), kernel=(3, 3), shift=True),
+    "C = 64, an odd number of taps": Case(ODD, n=36, segments=(64,), size=(2, 7, 5), residual=True, **THREE),
+    "C = 64 and 192, int8": Case(ODD, n=36, segments=(64, 192), size=(2, 7, 5), scale_rows=2, weight=8, **THREE),
+    "C = 192, codebook, 2 x 3": Case(ODD, n=36, segments=(192,), size=(2, 7, 5), weight=5, kernel=(2, 3)),
+    "C = 320, four blocks": Case(WIDE_QUARTERS, n=36, segments=(320,), size=(2, 9, 8), shift=True, **THREE),
+    "C = 64 and 320, four blocks": Case(WIDE_QUARTERS, n=36, segments=(64, 320), size=(2, 9, 8), **THREE),
     "C = 320, stride 2, no padding": Case(ODD, n=36, segments=(320,), size=(2, 5, 7), kernel=(3, 3), stride=(2, 2)),
     "2 x 3, strides and paddings unlike": Case(
         ODD, n=24, segments=(64,), size=(2, 6, 9), kernel=(2, 3), stride=(1, 2), padding=(0, 1), residual=True
@@ -139,7 +145,7 @@ CONVOLUTIONS = {
         Tile(160), n=36, segments=(32, 160, 64, 32), size=(3, 9, 7), scale_rows=3, multiprocessors=1, **THREE
     ),
     "four segments, 192 tokens": Case(
-        Tile(192), n=36, segments=(32, 160, 64, 32), size=(3, 9, 8), scale_rows=3, residual=True, **THREE
+        Tile(192), n=36, segments=(32, 160, 64, 32), size=(3, 9, 7), scale_rows=3, shift=True, **THREE
     ),
     "two segments, 160 tokens, codebook": Case(Tile(160), n=68, segments=(64, 32), size=(2, 9, 9), weight=5),
     "192 features, two segments": Case(

@@ -1,8 +1,6 @@
 """Which tile computes a problem: tables, measurements and rules of thumb, without a GPU."""
 
-import itertools
 import json
-import math
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,45 +224,21 @@ OUTPUTS = (
 )
 
 
-def boxes_of(output, box):
-    return -(-output[2] // box[0]) * -(-output[1] // box[1]) * -(-output[0] // box[2])
-
-
-def runs_are_boxes(box, size):
-    """Whether each run of `size` pixels of the box, in the order of columns, rows and images, is a box itself."""
-    pixels = [(n, h, w) for n in range(box[2]) for h in range(box[1]) for w in range(box[0])]
-    for start in range(0, len(pixels), size):
-        run = set(pixels[start : start + size])
-        if math.prod(len(set(axis)) for axis in zip(*run)) != len(run):
-            return False
-    return True
-
-
-@pytest.mark.parametrize("tile", _gemm_wgmma.TILES, ids=lambda tile: tile.name)
-@pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("output", OUTPUTS, ids=str)
-def test_box(output, segmented, tile):
-    images, height, width, stride = output
-    tokens = tile.tokens
-    w, h, n = box = _gemm_wgmma._box(tile, images, height, width, stride, segmented)
-    assert w * h * n == tokens
-    assert w * h % 8 == 0
-    assert max(w * stride[1], h * stride[0], n) <= 256
-    if images == height == 1:
-        assert box == (tokens, 1, 1)
-        return
-    divisors = [size for size in range(1, tokens + 1) if tokens % size == 0]
-    allowed = [
-        (a, b, tokens // (a * b))
-        for a, b in itertools.product(divisors, divisors)
-        if tokens % (a * b) == 0 and a * b % 8 == 0 and a * stride[1] <= 256 and b * stride[0] <= 256
-    ]
-    stored = _gemm_wgmma._stored(tile, segmented)
-    allowed = [other for other in allowed if runs_are_boxes(other, stored)]
-    assert math.prod(_gemm_wgmma._stored_box(tile, box, segmented)) == stored
-    fewest = min(boxes_of(output, other) for other in allowed)
-    assert boxes_of(output, box) == fewest
-    assert w == max(other[0] for other in allowed if boxes_of(output, other) == fewest)
+@pytest.mark.parametrize(
+    ("segments", "kernel", "piece", "stages"),
+    [
+        ((320,), (3, 3), 64, (23,)),  # 22.5 and not 9 times 3
+        ((640, 320), (3, 3), 64, (45, 23)),
+        ((640, 1280), (3, 3), 128, (45, 90)),  # none would be half empty
+        ((96,), (3, 3), 128, (9,)),  # no multiple of 64
+        ((320, 96), (3, 3), 128, (27, 9)),
+        ((320,), (1, 1), 128, (3,)),  # there is no other tap to fill it with
+        ((64,), (2, 1), 64, (1,)),
+    ],
+)
+def test_stages(segments, kernel, piece, stages):
+    assert _gemm_wgmma._piece(segments, kernel) == piece
+    assert _gemm_wgmma._stages(segments, kernel) == stages
 
 
 @pytest.mark.parametrize("segments", [(32,), (320,), (5120,), (640, 320), (64, 64, 64), (64, 32, 32, 64)], ids=str)
