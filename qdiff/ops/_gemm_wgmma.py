@@ -44,8 +44,9 @@ class Tile(NamedTuple):
 
 TILES = [
     *(Tile(tokens) for tokens in (256, 192, 160, 128, 96)),
-    *(Tile(tokens, features=192) for tokens in (160, 128, 96)),
+    *(Tile(tokens, features=192) for tokens in (192, 160, 128, 96)),
     *(Tile(tokens, split) for tokens, split in ((256, 2), (192, 4), (160, 2), (96, 2))),
+    *(Tile(128, split, 192) for split in (2, 4)),
     *(Tile(128, split) for split in (2, 4, 8)),  # clusters of 3 or 6 leave multiprocessors idle
     *(Tile(tokens, split) for tokens in (64, 32, 16) for split in (1, 2, 4, 8)),
 ]
@@ -54,6 +55,8 @@ TILES = [
 def fits(tile: Tile, problem: Problem) -> bool:
     """Whether the tile can compute the problem at all."""
     if len(problem.segments) > 1 and not _takes_segments(tile):
+        return False
+    if not _takes_images(tile) and not _is_rows(problem.B, problem.OH, problem.kernel, problem.stride, problem.padding):
         return False
     # The low-rank branch is in the pipeline as a whole, at worst beside 8-bit weights; or beside what is exchanged.
     pieces = 0 if problem.up is None else -(-problem.up.shape[1] // _RANKS)
@@ -129,6 +132,18 @@ def _stored(tile: Tile, segmented: bool) -> int:
 def _takes_segments(tile: Tile) -> bool:
     """Whether there is room for the sums of segments that are complete; a cluster's blocks do one segment each."""
     return tile.split > 1 or tile.tokens <= (192 if tile.groups == 2 else 128)
+
+
+def _takes_images(tile: Tile) -> bool:
+    """Whether there are registers for pixels of images beside the accumulators."""
+    return tile.groups == 2 or tile.tokens <= 160
+
+
+def _is_rows(
+    images: int, height: int, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+) -> bool:
+    """Whether the input is one row of pixels, each taken by itself: a linear layer's."""
+    return images == 1 and height == 1 and is_pointwise(kernel, stride, padding)
 
 
 def _sums(tile: Tile, weight: int, extras: bool) -> int:
@@ -224,7 +239,7 @@ def _plan(
 ) -> _Plan:
     out, bias, shift, low = dtypes
     several = len(segments) > 1 and out != 3
-    linear = images == 1 and height == 1 and is_pointwise(kernel, stride, padding) and (several or len(segments) == 1)
+    linear = _is_rows(images, height, kernel, stride, padding) and (several or len(segments) == 1)
     segmented = several and (tile.split == 1 or linear)  # by blocks that do more than one, or not as images
     pixels, feature_tiles = images * height * width, -(-features // tile.features)
     tiles = -(-pixels // tile.tokens) * feature_tiles
@@ -414,4 +429,5 @@ VARIANTS = [
     and (not (rank or elements) or tile in (Tile(256), Tile(160), Tile(128), Tile(128, 8), Tile(64, 4)))
     and not (segmented and not _takes_segments(tile))
     and not (segmented and image and tile.split > 1)
+    and not (image and not _takes_images(tile))
 ]

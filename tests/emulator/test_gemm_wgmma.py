@@ -69,6 +69,12 @@ LINEAR = {
     "128 tokens, four blocks": Case(WIDE_QUARTERS, n=136, segments=(1184,), size=(1, 1, 150), scale_rows=150),
     "192 features": Case(LARGE, n=388, segments=(672,), size=(1, 1, 200), scale_rows=200, multiprocessors=1),
     "tiles of all features for each block": Case(ODD, n=260, segments=(96,), size=(1, 1, 500), scale_rows=500),
+    "192 features, 192 tokens": Case(
+        Tile(192, features=192), n=388, segments=(160,), size=(1, 1, 500), scale_rows=500, multiprocessors=1
+    ),
+    "192 features, two blocks, rank 32": Case(
+        Tile(128, 2, 192), n=388, segments=(672,), size=(1, 1, 200), scale_rows=200, rank=32, residual=True
+    ),
     "192 features, int8, less than a tile": Case(LARGE, n=72, segments=(160,), size=(1, 1, 60), weight=8),
     "192 features, rank 48, residual": Case(LARGE, n=200, segments=(320,), size=(1, 1, 140), rank=48, residual=True),
     "192 features, rank 32": Case(LARGE, n=320, segments=(96,), size=(1, 1, 200), rank=32, multiprocessors=1),
