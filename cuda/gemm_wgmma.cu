@@ -187,7 +187,7 @@ struct Position {
         }
         index += gridDim.x;
         run += runs, features += more_features;
-        if (more_features == 0)  // or one block would have all the tiles of last features, which are less work
+        if (more_features == 0)  // or the same blocks would have all the tiles of last features, which are less work
             features = features + 1 == p.feature_tiles ? 0 : features + 1;
         else if (features >= p.feature_tiles)
             features -= p.feature_tiles, ++run;

@@ -119,7 +119,7 @@ def refusal(problem: Problem) -> str | None:
     if max(problem.stride) > 8:
         return f"a stride of {max(problem.stride)}, which the copy engine does not take"
     if max(*problem.padding, *problem.kernel) > 127:
-        return f"a kernel of {problem.kernel} with padding {problem.padding}, which the copy engine does not take"
+        return f"a window of {problem.kernel} and padding of {problem.padding}, which the copy engine does not take"
     return None
 
 
@@ -426,7 +426,7 @@ VARIANTS = [
         (0, 0, False, 128, True, 1, False, False),
     )
     if (weight == 4 or tile in (Tile(256), Tile(192), Tile(128), Tile(64, 4)))
-    and (not (rank or elements) or tile in (Tile(256), Tile(160), Tile(128), Tile(128, 8), Tile(64, 4)))
+    and (not (rank or elements) or tile in (Tile(256), Tile(160), Tile(192, 1, 192), Tile(128, 4, 192), Tile(64, 4)))
     and not (segmented and not _takes_segments(tile))
     and not (segmented and image and tile.split > 1)
     and not (image and not _takes_images(tile))

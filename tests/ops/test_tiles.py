@@ -1,6 +1,7 @@
 """Which tile computes a problem: tables, measurements and rules of thumb, without a GPU."""
 
 import json
+import re
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -239,6 +240,16 @@ OUTPUTS = (
 def test_stages(segments, kernel, piece, stages):
     assert _gemm_wgmma._piece(segments, kernel) == piece
     assert _gemm_wgmma._stages(segments, kernel) == stages
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({}, None), ({"stride": (9, 9)}, "stride of 9"), ({"kernel": (1, 128)}, r"window of \(1, 128\)")],
+)
+def test_what_the_copy_engine_does_not_take_is_refused(change, reason):
+    problem = make_problem(images=2, height=4, width=8, **change)
+    found = _gemm_wgmma.refusal(problem)
+    assert found is None if reason is None else re.search(reason, found)
 
 
 @pytest.mark.parametrize("segments", [(32,), (320,), (5120,), (640, 320), (64, 64, 64), (64, 32, 32, 64)], ids=str)
