@@ -71,9 +71,9 @@ def guess(problem: Problem) -> Tile:
     """The tile whose blocks, in waves over the multiprocessors, are done first by a rule of thumb.
 
     A stage of 128 of K takes as long as its products (two cycles a token and warpgroup), but no less than what a warp
-    does for it; a tile costs 26 cycles more for every token; a cluster's exchange 4,000, and 12 for every token. Fitted
-    to an earlier kernel's times of 108 problems on an H200; of this one's (assets/benchmarks/tile_sweep.json) its tiles
-    take 1.2 % longer than the fastest (geometric mean).
+    does for it; a tile costs 500 cycles more, and 12 for every token; a cluster's exchange 4,000, and 30 for every
+    token; clusters of four and more leave a tenth of the multiprocessors idle. Fitted to a sweep of 108 problems on an
+    H200 (assets/benchmarks/tile_sweep.json), of which its tiles take 1.4 % longer than the fastest (geometric mean).
     """
     p = problem
     stages = _stages(p.segments, p.kernel)
@@ -81,11 +81,13 @@ def guess(problem: Problem) -> Tile:
 
     def cycles(tile: Tile) -> float:
         tiles = -(-p.B * p.OH * p.OW // tile.tokens) * -(-p.N // tile.features)
-        waves = -(-tiles * tile.split // multiprocessors)
-        stage = tile.groups * max(240 + 0.75 * tile.tokens, 2 * tile.tokens)
+        busy = multiprocessors if tile.split < 4 else multiprocessors * 10 // 11
+        waves = -(-tiles // max(1, busy // tile.split))
+        stage = tile.groups * max(265 + 0.2 * tile.tokens, 2 * tile.tokens)
         longest = max(-(-count // part) for count, part in zip(stages, parts_of(stages, tile.split), strict=True))
         count = sum(stages) if tile.split == 1 else longest
-        return waves * (count * stage + 26 * tile.tokens + (4000 + 12 * tile.tokens) * (tile.split > 1))
+        exchange = (4000 + 30 * tile.tokens) * (tile.split > 1)
+        return waves * (count * stage + 500 + 12 * tile.tokens + exchange)
 
     return min((tile for tile in TILES if fits(tile, problem)), key=cycles)
 

@@ -354,7 +354,8 @@ def test_every_tile_of_the_hopper_kernel(kind, tile):
 
 
 def wanted(segments, dtype):
-    return SimpleNamespace(segments=segments, out_dtype=dtype, up=None)
+    image = {"B": 2, "OH": 20, "kernel": (3, 3), "stride": (1, 1), "padding": (1, 1)}
+    return SimpleNamespace(segments=segments, out_dtype=dtype, up=None, **image)
 
 
 def every_kind_of_problem(kind, fits=lambda segments, dtype: True):
