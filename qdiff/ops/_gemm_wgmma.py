@@ -400,7 +400,7 @@ def _encode(
     )
     # Not interleaved; 128 bytes at a time are fetched into L2; zeros outside.
     tail = (0, swizzle, 2, 0)
-    if windows:
+    if windows:  # columns first, here too, though the driver's documentation has the corners the other way round
         first, last, steps = ([values[0], values[1]] for values in zip(*reversed(windows), strict=True))
         corners = ((ctypes.c_int * 2)(*first), (ctypes.c_int * 2)(*last))
         result = _cupy.tensor_map_encoder("Im2col")(*head, *corners, *box, (ctypes.c_uint32 * 4)(1, *steps, 1), *tail)

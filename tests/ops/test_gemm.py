@@ -1,5 +1,6 @@
 """What operators hand to the matrix kernels, and what a second call of a kind keeps of the first; without a GPU."""
 
+import ctypes
 import gc
 import inspect
 import math
@@ -127,6 +128,32 @@ def gpu(monkeypatch):
     forget()
     yield made
     forget()
+
+
+def test_tensor_maps_of_images_have_columns_before_rows(monkeypatch):
+    asked = []
+
+    def encoder(mode):
+        def encode(*values):
+            asked.append((mode, [list(value) if isinstance(value, ctypes.Array) else value for value in values]))
+            return 0
+
+        return encode
+
+    monkeypatch.setattr(_cupy, "tensor_map_encoder", encoder)
+    rows, columns = (-1, -2, 2), (0, -4, 1)  # 3 x 5 windows, padded above and below
+    assert len(_gemm_wgmma._encode(4096, (96, 7, 9, 2), (64, 160), 2, rows, columns)) == 128
+    mode, (_, _, rank, address, sizes, strides, first, last, channels, pixels, steps, _, swizzle, *_) = asked[0]
+    assert (mode, rank, address.value, swizzle) == ("Im2col", 4, 4096, 2)
+    assert (sizes, strides) == ([96, 7, 9, 2], [96, 96 * 7, 96 * 7 * 9])
+    assert (first, last, steps) == ([0, -1], [-4, -2], [1, 1, 2, 1])
+    assert (channels, pixels) == (64, 160)
+
+
+def test_a_tensor_map_that_the_driver_does_not_make_is_an_error(monkeypatch):
+    monkeypatch.setattr(_cupy, "tensor_map_encoder", lambda mode: lambda *values: 1)
+    with pytest.raises(RuntimeError, match="CUresult 1"):
+        _gemm_wgmma._encode(4096, (96, 7), (64, 16), 2)
 
 
 def linear_inputs(rank=8):
