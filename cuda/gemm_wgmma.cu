@@ -214,8 +214,8 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
             if (kSums) add = false;  // the one before is in float32 by now
             Walk walk(p, segment, first);
             // Two groups of products are under way at a time: a group's fragments are unpacked while the one before is computed,
-            // as soon as the one before that, which read the same registers, is done. Blocks past the end of a tap are zeros: a
-            // branch around them would make the compiler wait for every product.
+            // as soon as the one before that, which read the same registers, is done. Blocks past the end of a tap, or of the
+            // segment, are zeros: a branch around them would make the compiler wait for every product.
             ring.stage = __shfl_sync(0xffffffffu, ring.stage, 0);  // the warp's, for the compiler: fewer instructions
             unsigned before = 0;
             for (int i = first; i < end; ++i) {
@@ -356,13 +356,12 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* shared, 
                     }
                     const float4 done = scaled(t, first + j, segment);
                     y = segment > 0 ? add4(y, done) : done;
+                    y = result(y);
                 } else {
-                    total[j / 4] = four(first + j);
-                    if (!RANK) y = last_sum(first + j);
+                    const uint4& t = total[j / 4] = four(first + j);  // with RANK results by now
+                    y = RANK ? make_float4(__uint_as_float(t.x), __uint_as_float(t.y), __uint_as_float(t.z), __uint_as_float(t.w))
+                             : result(last_sum(first + j));
                 }
-                if (!RANK || SPLIT > 1) y = result(y);
-                else y = make_float4(__uint_as_float(acc[first + j]), __uint_as_float(acc[first + j + 1]),
-                                     __uint_as_float(acc[first + j + 2]), __uint_as_float(acc[first + j + 3]));
                 v[j] = y.x, v[j + 1] = y.y, v[j + 2] = y.z, v[j + 3] = y.w;
             }
             if (EXTRAS && p.shift) {  // neighbours mostly have one image

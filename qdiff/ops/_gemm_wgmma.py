@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
-import itertools
-import operator
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qdiff.ops import _cupy
 from qdiff.ops._problem import MAX_SEGMENTS, Launch, Problem, is_pointwise
+from qdiff.ops._tensor_maps import NO_MAP, maps_of
 
 _SHARED_LIMIT = 232448  # bytes a block may have on Hopper
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3}
 _MAX_RANK = 128
 _RANKS = 32  # of the low-rank branch in a stage
-_MAX_MAPS = 1024
 
 NAME = "wgmma"
 
@@ -217,7 +214,6 @@ class _Plan(NamedTuple):
 # The kernel's parameters: tensor maps, pointers and whether to read weights early; then integers.
 _MAPS_AND_POINTERS = struct.Struct("128s128s128s128s128s9Q")
 _INTEGERS = struct.Struct("26i16x")  # to a multiple of 64 bytes, as the tensor maps make the struct
-_NO_MAP = bytes(128)
 
 
 @lru_cache(maxsize=2048)
@@ -311,21 +307,18 @@ def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
         shift is not None or residual is not None,
     )
     c, pixels = p.C, p.B * p.OH * p.OW
-    weight_bytes = p.codes.shape[1]
-    row, swizzle = (128, 3) if p.weight_kind == 8 else (64, 2)
-    weight_maps = _maps_of((weight_bytes, n), (row, tile.features), swizzle)
+    weight_maps = maps_of((p.codes.shape[1], n), (128 if p.weight_kind == 8 else 64, tile.features))
     if plan.image:
-        piece = _piece(p.segments, p.kernel)
         window = [(-pad, pad - size + 1, step) for pad, size, step in zip(p.padding, p.kernel, p.stride, strict=True)]
-        input_maps = _maps_of((c, p.W, p.H, p.B), (piece, tile.tokens), 3 if piece == 128 else 2, *window)
+        input_maps = maps_of((c, p.W, p.H, p.B), (_piece(p.segments, p.kernel), tile.tokens), *window)
     else:
-        input_maps = _maps_of((c, pixels), (128, tile.tokens), 3)
+        input_maps = maps_of((c, pixels), (128, tile.tokens))
     up_maps = low_maps = out_maps = None
     if rank:
-        up_maps = _maps_of((2 * rank, n), (64, tile.features), 2)
-        low_maps = _maps_of((2 * rank, pixels), (64, tile.tokens), 2)
+        up_maps = maps_of((2 * rank, n), (64, tile.features))
+        low_maps = maps_of((2 * rank, pixels), (64, tile.tokens))
     if not elements:
-        out_maps = _maps_of((2 * n, pixels), (128, plan.stored), 3)
+        out_maps = maps_of((2 * n, pixels), (128, plan.stored))
 
     start = plan.kernel.launcher(
         plan.grid, 128 * (tile.groups + 1), plan.shared_bytes, _MAPS_AND_POINTERS, plan.integers
@@ -338,79 +331,13 @@ def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
         start(
             weight_maps[codes],
             input_maps[x],
-            _NO_MAP if up_maps is None else up_maps[up],
-            _NO_MAP if low_maps is None else low_maps[x_low],
-            _NO_MAP if out_maps is None else out_maps[out],
+            NO_MAP if up_maps is None else up_maps[up],
+            NO_MAP if low_maps is None else low_maps[x_low],
+            NO_MAP if out_maps is None else out_maps[out],
             *(multipliers, codebook, scale, x_scale, bias, shift, residual, out, early),
         )
 
     return run
-
-
-class _Maps(dict[int, bytes]):
-    """The copy engine's tensor maps of one shape, by address; made when they are first asked for.
-
-    A map says where and how to read and holds nothing else, so one that was made for an address and a shape stays right
-    for them; the caching allocator hands out the same addresses again and again.
-    """
-
-    def __init__(self, *shape: Any) -> None:
-        self.shape = shape
-
-    def __missing__(self, address: int) -> bytes:
-        if len(self) >= _MAX_MAPS:
-            self.clear()
-        found = self[address] = _encode(address, *self.shape)
-        return found
-
-
-_maps: dict[tuple[Any, ...], _Maps] = {}
-
-
-def _maps_of(*shape: Any) -> _Maps:
-    """Those of these sizes, box, swizzle and windows: `_encode`'s arguments but for the address."""
-    if len(_maps) >= _MAX_MAPS:
-        _maps.clear()  # launches that are ready keep theirs
-    return _maps.setdefault(shape, _Maps(*shape))
-
-
-def _encode(
-    address: int, sizes: tuple[int, ...], box: tuple[int, int], swizzle: int, *windows: tuple[int, int, int]
-) -> bytes:
-    """The map of a dense tensor of bytes.
-
-    Args:
-        address: where it begins.
-        sizes: the innermost first: (columns, rows), or of images (C, W, H, N).
-        box: bytes of a row, and rows, that are copied at once; of images, pixels.
-        swizzle: 2, 3: of rows of 64, 128 bytes.
-        windows: for images, of rows and of columns: where the first window begins, and the last, counted from the
-            last pixel; the step from one to the next.
-    """
-    strides = list(itertools.accumulate(sizes[:-1], operator.mul))
-    room = ctypes.create_string_buffer(192)
-    at = (ctypes.addressof(room) + 63) // 64 * 64
-    head = (
-        ctypes.c_void_p(at),
-        0,  # bytes
-        len(sizes),
-        ctypes.c_void_p(address),
-        (ctypes.c_uint64 * len(sizes))(*sizes),
-        (ctypes.c_uint64 * len(strides))(*strides),
-    )
-    # Not interleaved; 128 bytes at a time are fetched into L2; zeros outside.
-    tail = (0, swizzle, 2, 0)
-    if windows:  # columns first, here too, though the driver's documentation has the corners the other way round
-        first, last, steps = ([values[0], values[1]] for values in zip(*reversed(windows), strict=True))
-        corners = ((ctypes.c_int * 2)(*first), (ctypes.c_int * 2)(*last))
-        result = _cupy.tensor_map_encoder("Im2col")(*head, *corners, *box, (ctypes.c_uint32 * 4)(1, *steps, 1), *tail)
-    else:
-        result = _cupy.tensor_map_encoder("Tiled")(
-            *head, (ctypes.c_uint32 * 2)(*box), (ctypes.c_uint32 * 2)(1, 1), *tail
-        )
-    if result != 0:
-        raise RuntimeError(f"the driver makes no tensor map (CUresult {result}) of {sizes}, {box}, {windows}")
-    return ctypes.string_at(at, 128)
 
 
 # A cover of what `prepare` may ask for: every tile, and with some of them every other macro.

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qdiff.ops import _cupy, _gemm_wgmma
+from qdiff.ops import _cupy, _gemm_wgmma, _tensor_maps
 from qdiff.ops._gemm_wgmma import Tile
 from qdiff.ops._problem import addresses
 
@@ -164,19 +164,19 @@ CONVOLUTIONS = {
 CASES = LINEAR | {f"convolution, {name}": case for name, case in CONVOLUTIONS.items()}
 
 
-def encode(address, sizes, box, swizzle, *windows):
+def encode(address, sizes, box, *windows):
     """In the driver's place: a tensor map for emulate_sm90.h, where the driver would make one."""
     rank = len(sizes)
     assert address % 16 == 0
     assert all(0 < size <= 2**32 for size in sizes)
     assert all(size % 16 == 0 and size < 2**40 for size in itertools.accumulate(sizes[:-1], operator.mul))
-    assert box[0] % 16 == 0
-    assert box[0] <= 32 << (swizzle - 1)
+    assert box[0] in (64, 128)
     assert 0 < box[1] <= 256
     assert rank == (4 if windows else 2)
     first, last, steps = zip(*reversed(windows), strict=True) if windows else ((0, 0), (0, 0), (1, 1))
     assert all(-128 <= place <= 127 for place in (*first, *last))
     assert all(0 < step <= 8 for step in steps)
+    swizzle = 3 if box[0] == 128 else 2
     fields = (address, rank, swizzle, *sizes, *([1] * (4 - rank)), *box, *first, *last, *steps)
     return struct.pack("QII4Q2I4i2I", *fields).ljust(128, b"\0")
 
@@ -188,9 +188,9 @@ def run(emulated_kernel, problems, guarded, monkeypatch):
     def run_one(case: Case, problem: SimpleNamespace, dtype: torch.dtype) -> torch.Tensor:
         monkeypatch.setattr(_cupy, "kernel", emulated_kernel)
         monkeypatch.setattr(_cupy, "multiprocessors", lambda device: case.multiprocessors)
-        monkeypatch.setattr(_gemm_wgmma, "_encode", encode)
+        monkeypatch.setattr(_tensor_maps, "encode", encode)
         _gemm_wgmma._plan.cache_clear()
-        _gemm_wgmma._maps.clear()
+        _tensor_maps.forget()
         problem = problems.guard(problem, guarded)
         problem.out_dtype = dtype
         x = problem.x
@@ -208,7 +208,7 @@ def run(emulated_kernel, problems, guarded, monkeypatch):
 
     yield run_one
     _gemm_wgmma._plan.cache_clear()
-    _gemm_wgmma._maps.clear()
+    _tensor_maps.forget()
 
 
 @pytest.mark.parametrize(

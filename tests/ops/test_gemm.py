@@ -14,7 +14,7 @@ import torch
 
 from qdiff import ops
 from qdiff.numerics.packing import pack_int4, pack_multipliers
-from qdiff.ops import _cupy, _gemm, _gemm_wgmma, _settled, _shortcut, _tiles, checks
+from qdiff.ops import _cupy, _gemm, _gemm_wgmma, _settled, _shortcut, _tensor_maps, _tiles, checks
 from qdiff.ops.w8a8_conv2d import int8_conv2d
 
 N, KERNEL = 6, (3, 2)
@@ -117,13 +117,13 @@ def gpu(monkeypatch):
         checks.forget()
         _settled.forget()
         _gemm_wgmma._plan.cache_clear()
-        _gemm_wgmma._maps.clear()
+        _tensor_maps.forget()
 
     made.forget = forget
     monkeypatch.setattr(_cupy, "kernel", kernel)
     monkeypatch.setattr(_cupy, "capability", lambda device: (9, 0))
     monkeypatch.setattr(_cupy, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(_gemm_wgmma, "_encode", lambda *shape: struct.pack("Q", shape[0]).ljust(128, b"\0"))
+    monkeypatch.setattr(_tensor_maps, "encode", lambda *shape: struct.pack("Q", shape[0]).ljust(128, b"\0"))
     monkeypatch.setattr(_tiles, "_chosen", {})
     forget()
     yield made
@@ -142,7 +142,7 @@ def test_tensor_maps_of_images_have_columns_before_rows(monkeypatch):
 
     monkeypatch.setattr(_cupy, "tensor_map_encoder", encoder)
     rows, columns = (-1, -2, 2), (0, -4, 1)  # 3 x 5 windows, padded above and below
-    assert len(_gemm_wgmma._encode(4096, (96, 7, 9, 2), (64, 160), 2, rows, columns)) == 128
+    assert len(_tensor_maps.encode(4096, (96, 7, 9, 2), (64, 160), rows, columns)) == 128
     mode, (_, _, rank, address, sizes, strides, first, last, channels, pixels, steps, _, swizzle, *_) = asked[0]
     assert (mode, rank, address.value, swizzle) == ("Im2col", 4, 4096, 2)
     assert (sizes, strides) == ([96, 7, 9, 2], [96, 96 * 7, 96 * 7 * 9])
@@ -153,7 +153,7 @@ def test_tensor_maps_of_images_have_columns_before_rows(monkeypatch):
 def test_a_tensor_map_that_the_driver_does_not_make_is_an_error(monkeypatch):
     monkeypatch.setattr(_cupy, "tensor_map_encoder", lambda mode: lambda *values: 1)
     with pytest.raises(RuntimeError, match="CUresult 1"):
-        _gemm_wgmma._encode(4096, (96, 7), (64, 16), 2)
+        _tensor_maps.encode(4096, (96, 7), (64, 16))
 
 
 def linear_inputs(rank=8):
