@@ -8,16 +8,12 @@ compiled by NVRTC directly and loaded as a file.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import hashlib
 import os
 import shutil
-import struct
 import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +21,7 @@ from typing import Any
 import torch
 
 from qdiff.ops._cuda_sources import cuda_source_dir
+from qdiff.ops._launch import Kernel, driver
 
 Defines = tuple[tuple[str, int | str], ...]
 
@@ -34,206 +31,22 @@ _ARCH_SPECIFIC = {(9, 0): (12, 0), (10, 0): (12, 8), (12, 0): (12, 8)}
 _INSTALL = (
     "install CuPy for the driver's CUDA with its headers, `pip install 'cupy-cuda13x[ctk]'` or 'cupy-cuda12x[ctk]'"
 )
-_Pointers = ctypes.c_void_p * 1
-_MOST_STREAMS = 256  # that a launcher keeps a configuration for
-
-
-class _Attribute(ctypes.Structure):
-    """The driver's CUlaunchAttribute: programmatic stream serialization, on; or a cluster's blocks in x, y, z."""
-
-    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15)]
-
-
-class _Config(ctypes.Structure):
-    """The driver's CUlaunchConfig."""
-
-    _fields_ = [
-        *((name, ctypes.c_uint) for name in ("x", "y", "z", "threads", "threads_y", "threads_z", "shared_bytes")),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("count", ctypes.c_uint),
-    ]
-
-
-_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-_CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-_NOT_SET_UP = 201  # CUDA_ERROR_INVALID_CONTEXT
-
-
-class Kernel:
-    """One compiled kernel, loaded on one device.
-
-    Args:
-        module: a cupy.RawModule that is loaded on the device; kept alive.
-        name: of the entry point.
-        device: its index.
-        overlaps: the kernel may be set up while the one before it on the stream runs: it waits itself
-            (cuda/include/dependent.cuh).
-    """
-
-    def __init__(self, module: Any, name: str, device: int, overlaps: bool) -> None:
-        self.name, self.device = name, device
-        self._module, self._function = module, module.get_function(name)
-        self.pointer = ctypes.c_void_p(self._function.kernel.ptr)
-        self._shared_bytes = 48 * 1024  # what a block may have without asking
-        self._lock = threading.Lock()
-        self._attribute = _Attribute(_SERIALIZATION, 0, 1)
-        self.attributes = (ctypes.pointer(self._attribute), 1) if overlaps else (None, 0)
-
-    def launcher(
-        self, grid: tuple[int, int, int], threads: int, shared_bytes: int, layout: struct.Struct, rest: bytes = b""
-    ) -> Launcher:
-        """What starts the kernel, again and again.
-
-        Args:
-            grid: blocks in x, y, z; nothing is started when one of them is 0.
-            threads: of a block.
-            shared_bytes: dynamic shared memory of a block.
-            layout: of what changes from one launch to the next, the beginning of the kernel's only parameter.
-            rest: of the parameter.
-        """
-        self._allow(shared_bytes)
-        return Launcher(self, grid, threads, shared_bytes, layout, rest)
-
-    def launch(self, grid: tuple[int, int, int], threads: int, shared_bytes: int, params: ctypes.Structure) -> None:
-        """Start the kernel once: `launcher` with all of the parameter's bytes, which are copied before this returns."""
-        self.launcher(grid, threads, shared_bytes, struct.Struct(""), bytes(params))()
-
-    def clusters(self, size: int, threads: int, shared_bytes: int) -> int:
-        """How many clusters of `size` such blocks the device runs at once."""
-        self._allow(shared_bytes)
-        cluster = _Attribute(_CLUSTER, 0, size, (ctypes.c_int * 15)(1, 1))
-        config = _Config(size, 1, 1, threads, 1, 1, shared_bytes, None, ctypes.pointer(cluster), 1)
-        most = ctypes.c_int()
-        result = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(most), self.pointer, ctypes.byref(config))
-        if result or most.value < 1:
-            raise RuntimeError(
-                f"{self.name}: the driver knows of no {size} blocks of {threads} threads with {shared_bytes} bytes of "
-                f"shared memory that the device could run (CUresult {result})"
-            )
-        return most.value
-
-    def _allow(self, shared_bytes: int) -> None:
-        with self._lock:
-            if shared_bytes > self._shared_bytes:
-                self._function.max_dynamic_shared_size_bytes = shared_bytes
-                self._shared_bytes = shared_bytes
-
-
-class Launcher:
-    """Starts a kernel on torch's current stream of its device, which must be the current one; see `Kernel.launcher`.
-
-    Threads share it: a launch takes a parameter block, and the configuration of a stream never changes.
-    """
-
-    __slots__ = (
-        "_configs",
-        "_device",
-        "_free",
-        "_kernel",
-        "_launch",
-        "_layout",
-        "_pack",
-        "_pointer",
-        "_rest",
-        "_shape",
-    )
-
-    def __init__(
-        self,
-        kernel: Kernel,
-        grid: tuple[int, int, int],
-        threads: int,
-        shared_bytes: int,
-        layout: struct.Struct,
-        rest: bytes,
-    ) -> None:
-        self._kernel, self._device, self._pointer = kernel, kernel.device, kernel.pointer
-        self._shape, self._layout, self._rest = (grid, threads, shared_bytes), layout, rest
-        self._pack = layout.pack_into
-        self._launch = _driver().cuLaunchKernelEx  # CuPy's own call takes no attributes
-        self._configs: dict[int, Any] = {}
-        self._free: list[tuple[Any, Any]] = []  # parameter blocks that no launch is filling
-
-    @property
-    def name(self) -> str:
-        """The kernel's."""
-        return self._kernel.name
-
-    def __call__(self, *values: Any) -> None:
-        """Start the kernel with these values in the layout; they are copied before this returns."""
-        try:
-            block = self._free.pop()
-        except IndexError:
-            block = self._block()
-        params, pointers = block
-        self._pack(params, 0, *values)
-        stream = torch._C._cuda_getCurrentRawStream(self._device)
-        config = self._configs.get(stream)
-        if config is None:
-            if not all(self._shape[0]):
-                return
-            config = self._configure(stream)
-        result = self._launch(config, self._pointer, pointers, None)
-        if result:
-            self._again(result, config, pointers)
-        self._free.append(block)
-
-    def _block(self) -> tuple[Any, Any]:
-        """A parameter block, and the driver's pointer to it."""
-        params = ctypes.create_string_buffer(bytes(self._layout.size) + self._rest, self._layout.size + len(self._rest))
-        return params, _Pointers(ctypes.addressof(params))
-
-    def _configure(self, stream: int) -> Any:
-        """The launch's configuration by reference, which is kept."""
-        grid, threads, shared_bytes = self._shape
-        config = ctypes.byref(_Config(*grid, threads, 1, 1, shared_bytes, stream, *self._kernel.attributes))
-        if len(self._configs) >= _MOST_STREAMS:
-            self._configs.clear()
-        self._configs[stream] = config
-        return config
-
-    def _again(self, result: int, config: Any, pointers: Any) -> None:
-        if result == _NOT_SET_UP:
-            torch.cuda.set_device(self._device)  # a thread that has not used the device yet has no context
-            result = self._launch(config, self._pointer, pointers, None)
-        if result:
-            grid, threads, shared_bytes = self._shape
-            raise RuntimeError(
-                f"{self.name}: the driver refused to launch {grid} blocks of {threads} threads with "
-                f"{shared_bytes} bytes of shared memory (CUresult {result})"
-            )
 
 
 _kernels: dict[tuple[int, str, Defines], Kernel] = {}
 
 
 def kernel(source: str, defines: Defines = ()) -> Kernel:
-    """The kernel `source` of `cuda/<source>.cu` for the current device; compiled once for each machine.
+    """The kernel `source` of `cuda/<source>.cu` for the current device; compiled once for each machine, when it is
+    first launched.
 
     Args:
         source: names the file and its entry point, `extern "C" __global__ void <source>(const __grid_constant__ P p)`.
         defines: (name, value) pairs of preprocessor macros.
-
-    Raises:
-        RuntimeError: the source does not compile; the message has the compiler's.
     """
     key = (torch.cuda.current_device(), source, defines)
     found = _kernels.get(key)
-    # Two threads may both get here: they then compile the same thing, and one of them is kept.
-    return found if found is not None else _kernels.setdefault(key, _load(*key))
-
-
-def compile_all(wanted: Iterable[tuple[str, Defines]], threads: int = 8) -> None:
-    """Make these (source, defines) for the current device at once, in parallel: first calls then do not wait."""
-    device = torch.cuda.current_device()
-
-    def make(item: tuple[str, Defines]) -> None:
-        with torch.cuda.device(device):
-            kernel(*item)
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(make, wanted))
+    return found if found is not None else _kernels.setdefault(key, _kernel(*key))
 
 
 @lru_cache
@@ -274,35 +87,41 @@ def multiprocessors(device: torch.device) -> int:
 
 def tensor_map_encoder(mode: str) -> Callable[..., int]:
     """The driver's cuTensorMapEncodeTiled or -Im2col (CUDA 12 and later), for ctypes values; returns a CUresult."""
-    encode: Callable[..., int] = getattr(_driver(), f"cuTensorMapEncode{mode}")
+    encode: Callable[..., int] = getattr(driver(), f"cuTensorMapEncode{mode}")
     return encode
 
 
-@lru_cache(maxsize=1)
-def _driver() -> Any:
-    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+def _kernel(device: int, source: str, defines: Defines) -> Kernel:
+    arch = capability(torch.device("cuda", device))
+    binary = _Binary(source, defines, arch)
+    return Kernel(source, device, arch >= (9, 0), binary.path.is_file, binary.load)
 
 
-def _load(device: int, source: str, defines: Defines) -> Kernel:
-    cupy = _import_cupy()
-    path = _compiled(cupy.cuda.nvrtc, source, defines, capability(torch.device("cuda", device)))
-    overlaps = capability(torch.device("cuda", device)) >= (9, 0)
-    return Kernel(cupy.RawModule(path=str(path)), source, device, overlaps)
+class _Binary:
+    """A kernel's machine code for GPUs of a capability.
 
+    Attributes:
+        path: of the file, which is there if an earlier process has made it.
+    """
 
-def _compiled(nvrtc: Any, source: str, defines: Defines, arch: tuple[int, int]) -> Path:
-    """The file of the machine code, made unless an earlier process has."""
-    folder, version = cuda_source_dir(), nvrtc.getVersion()
-    specific = "a" if arch in _ARCH_SPECIFIC and version >= _ARCH_SPECIFIC[arch] else ""
-    target = f"-arch=sm_{arch[0]}{arch[1]}{specific}"
-    options = ("-std=c++17", "-default-device", target, *(f"-D{name}={value}" for name, value in defines))
-    # The folder's hash stands for the headers that the source includes.
-    key = hashlib.sha256(repr((source, options, version, _source_hash(folder))).encode()).hexdigest()[:32]
-    path = cache_folder() / f"qdiff_{source}_{key}.cubin"
-    if not path.is_file():
-        code = (folder / f"{source}.cu").read_text(encoding="utf-8")
-        write(path, _compile(nvrtc, f"{source}.cu", code, (*options, f"-I{folder / 'include'}", f"-I{_headers()}")))
-    return path
+    def __init__(self, source: str, defines: Defines, arch: tuple[int, int]) -> None:
+        self._source, self._folder, version = source, cuda_source_dir(), _import_cupy().cuda.nvrtc.getVersion()
+        specific = "a" if arch in _ARCH_SPECIFIC and version >= _ARCH_SPECIFIC[arch] else ""
+        target = f"-arch=sm_{arch[0]}{arch[1]}{specific}"
+        self._options = ("-std=c++17", "-default-device", target, *(f"-D{name}={value}" for name, value in defines))
+        # The folder's hash stands for the headers that the source includes.
+        key = repr((source, self._options, version, _source_hash(self._folder)))
+        self.path = cache_folder() / f"qdiff_{source}_{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
+
+    def load(self) -> Any:
+        """A cupy.RawModule on the current device, made first if need be."""
+        cupy = _import_cupy()
+        if not self.path.is_file():
+            name = f"{self._source}.cu"
+            code = (self._folder / name).read_text(encoding="utf-8")
+            options = (*self._options, f"-I{self._folder / 'include'}", f"-I{_headers()}")
+            write(self.path, _compile(cupy.cuda.nvrtc, name, code, options))
+        return cupy.RawModule(path=str(self.path))
 
 
 def _compile(nvrtc: Any, name: str, code: str, options: tuple[str, ...]) -> bytes:

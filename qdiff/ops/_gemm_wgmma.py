@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qdiff.ops import _cupy
+from qdiff.ops._launch import Kernel
 from qdiff.ops._problem import MAX_SEGMENTS, Launch, Problem, is_pointwise
 from qdiff.ops._tensor_maps import NO_MAP, maps_of
 
@@ -203,7 +204,7 @@ def _defines(
 class _Plan(NamedTuple):
     """What follows from the shapes alone."""
 
-    kernel: _cupy.Kernel
+    kernel: Kernel
     grid: tuple[int, int, int]
     shared_bytes: int
     integers: bytes  # the tail of the kernel's parameters

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qdiff.ops import _cupy
+from qdiff.ops._launch import Launcher
 from qdiff.ops._problem import allocator, dense
 from qdiff.ops._sample_scales import MAX_SEGMENTS, ends_of, in_few_segments
 from qdiff.ops._shortcut import offer
@@ -57,15 +58,11 @@ class _Plan(NamedTuple):
     shared_bytes: int = 0
     cluster: int = 0  # blocks of a cluster that does the work of several where not all of them fit the GPU
 
-    def launcher(self, *pointers: bool, integers: bytes) -> _cupy.Launcher:
+    def launcher(self, *pointers: bool, integers: bytes) -> Launcher:
         """What starts the kernel, of whose pointers some are given at every launch, and the others are null."""
         layout = struct.Struct("".join("Q" if given else "8x" for given in pointers))
-        kernel, grid = _cupy.kernel(self.source, self.defines), self.grid
-        if self.cluster:
-            most, clusters = kernel.clusters(self.cluster, self.threads, self.shared_bytes), grid[0] // self.cluster
-            each = max(1, _ceil(clusters, most))
-            grid = (_ceil(clusters, each) * self.cluster, 1, 1)
-        return kernel.launcher(grid, self.threads, self.shared_bytes, layout, integers)
+        kernel = _cupy.kernel(self.source, self.defines)
+        return kernel.launcher(self.grid, self.threads, self.shared_bytes, layout, integers, self.cluster)
 
 
 class TokenReady:

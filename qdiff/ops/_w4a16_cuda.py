@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qdiff.ops import _cupy
+from qdiff.ops._launch import Launcher
 from qdiff.ops._problem import addresses_of, allocator, dense
 from qdiff.ops._settled import settled
 from qdiff.ops._shortcut import offer
@@ -38,7 +39,7 @@ class _Plan(NamedTuple):
     threads: int
     shared_bytes: int
 
-    def launcher(self, layout: struct.Struct, integers: bytes) -> _cupy.Launcher:
+    def launcher(self, layout: struct.Struct, integers: bytes) -> Launcher:
         kernel = _cupy.kernel("w4a16_linear", self.defines)
         return kernel.launcher((self.blocks, 1, 1), self.threads, self.shared_bytes, layout, integers)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from qdiff.denoising import StepTracker
 from qdiff.methods import range_mode
+from qdiff.plugin.rehearse import rehearse_first_calls
 from qdiff.recipe import LayerPlan, Recipe
 
 DENOISER_NAMES = ("unet", "transformer")
@@ -68,6 +69,7 @@ def install(denoiser: nn.Module, replacements: Mapping[str, nn.Module], record: 
         for parent, child_name, child in places:
             parent._modules[child_name] = child
         raise
+    rehearse_first_calls(denoiser)
 
 
 def _refuse_plain_save(*args: object, **kwargs: object) -> NoReturn:

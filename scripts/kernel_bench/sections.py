@@ -25,7 +25,8 @@ from kernel_bench.problems import ConvProblem, ConvShape, LinearProblem, LinearS
 from kernel_bench.timing import Timing, copies_for, glance, race
 from qdiff import ops
 from qdiff.layers import LayerSizes, QuantLinear
-from qdiff.ops import _cupy, _gemm, _tiles, checks
+from qdiff.ops import _gemm, _tiles, checks
+from qdiff.ops.rehearsal import rehearsal
 from qdiff.recipe import LayerPlan, MethodSpec
 
 Row = dict[str, Any]
@@ -277,7 +278,9 @@ def _tile_sweep(shape: LinearShape | ConvShape) -> Row:
     guess = kernels.guess(asked).name
     calls = {tile.name: _with_tile(problem.gemm4, tile.name) for tile in _tiles.fitting(kernels, asked)}
     # In parallel and not as they are needed: the first shapes need many.
-    _cupy.compile_all([_arguments(_cupy, "kernel", call) for call in calls.values()], threads=os.cpu_count() or 1)
+    with rehearsal():
+        for call in calls.values():
+            call(0)
     rough = {name: glance(call, copies) for name, call in calls.items()}
     limit = NEARLY_FASTEST * min(rough.values())
     timings = race({name: calls[name] for name, us in rough.items() if us <= limit or name == guess}, copies)

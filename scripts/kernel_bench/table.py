@@ -76,8 +76,9 @@ def _overhead(row: Row) -> str:
 
 
 def _first_call(row: Row) -> str:
-    imported = row.get("of_which_import_of_cupy", math.nan)
-    return f"{row['name']:16}{row['seconds']:7.2f} s, of which importing CuPy {imported:.2f} s {row.get('note', '')}"
+    imported, compiling = (row.get(f"of_which_{part}", math.nan) for part in ("import_of_cupy", "compiling"))
+    parts = f"importing CuPy {imported:.2f} s, compiling or loading kernels {compiling:.2f} s"
+    return f"{row['name']:16}{row['seconds']:7.2f} s, of which {parts} {row.get('note', '')}"
 
 
 def _tiles(row: Row) -> str:

@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from qdiff.ops._cuda_sources import cuda_source_dir
+from qdiff.ops._launch import no_more_than
 
 HERE = Path(__file__).parent
 
@@ -115,7 +116,7 @@ def _alone(place: Path) -> Iterator[None]:
 
 
 class EmulatedKernel:
-    """`_cupy.Kernel` over a function that `load` made."""
+    """`_launch.Kernel` over a function that `load` made."""
 
     def __init__(self, run: Launch) -> None:
         self.run = run
@@ -124,14 +125,18 @@ class EmulatedKernel:
         """Start it once."""
         self.run(grid, (threads, 1, 1), shared_bytes, params)
 
-    def clusters(self, size: int, threads: int, shared_bytes: int) -> int:
-        """So few that some of them have several tiles."""
-        return 2
-
     def launcher(
-        self, grid: tuple[int, int, int], threads: int, shared_bytes: int, layout: struct.Struct, rest: bytes
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared_bytes: int,
+        layout: struct.Struct,
+        rest: bytes,
+        cluster: int = 0,
     ) -> Callable[..., None]:
         """What starts it with these values, and the rest."""
+        if cluster:  # so few that some of them have several tiles
+            grid = (no_more_than(2, grid[0] // cluster) * cluster, 1, 1)
 
         def start(*values: Any) -> None:
             params = layout.pack(*values) + rest

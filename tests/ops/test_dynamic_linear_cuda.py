@@ -26,7 +26,7 @@ def launches(monkeypatch):
         def launcher(*shape):
             return lambda *values: launches.append(SimpleNamespace(kernel=(source, defines, *shape[:3]), at=values))
 
-        return SimpleNamespace(launcher=launcher, clusters=lambda *block: 132)
+        return SimpleNamespace(launcher=launcher)
 
     monkeypatch.setattr(_cupy, "kernel", kernel)
     monkeypatch.setattr(_cupy, "capability", lambda device: (9, 0))

@@ -15,7 +15,7 @@ import torch
 
 from qdiff import ops
 from qdiff.numerics.packing import expand_weight, pack_int4, pack_multipliers
-from qdiff.ops import _cupy, _gemm, _gemm_mma, _gemm_wgmma, _w4a16_cuda, backend
+from qdiff.ops import _cupy, _gemm, _gemm_mma, _gemm_wgmma, _launch, _w4a16_cuda, backend
 
 _spec = importlib.util.spec_from_file_location("token_bound", Path(__file__).parent / "token_bound.py")
 token_bound = importlib.util.module_from_spec(_spec)
@@ -41,13 +41,13 @@ def kernels_only():
 @pytest.fixture
 def launched(monkeypatch):
     """The matrix kernels that were launched."""
-    names, launch = [], _cupy.Launcher.__call__
+    names, launch = [], _launch.Launcher.__call__
 
     def and_tell(launcher, *values):
         names.append(launcher.name.removeprefix("gemm_"))
         launch(launcher, *values)
 
-    monkeypatch.setattr(_cupy.Launcher, "__call__", and_tell)
+    monkeypatch.setattr(_launch.Launcher, "__call__", and_tell)
     return names
 
 
