@@ -10,20 +10,23 @@
 // Compile-time choices:
 //   WEIGHT     4: 4-bit codes times a 4-bit multiplier a block of 32; 5: 4-bit codes into a codebook; 8: int8
 //   FEATURES   of a block's output tile: 64, 128        TOKENS  its pixels: 16, 32, 64, 128
-//   STAGES     steps of 64 in k under way, 2 to 4       SEGMENTED  1: several segments, each with its scale
+//   STAGES     steps of 64 in k under way, from 2 on    SEGMENTED  1: several segments, each with its scale
 //
-//                    TOKENS              One block is 8 warps. The weights are operand A of the mma, so that they go
-//              +---------+---------+     from packed words to fragments within a thread's registers; the activations
-//     FEATURES | warp 0  | warp 4  |     are operand B. A warp's tile is WARP_FEATURES x WARP_TOKENS; lane 4 g + t
-//              +---------+---------+     holds features g, g + 8 and tokens 2 t, 2 t + 1 of every 16 x 8 product in
-//              | warp 1  | warp 5  |     it. The picture is of 128 x 128, with tiles of 32 x 64.
-//              +---------+---------+
-//                  ...       ...
+//                    TOKENS              A block is 4 warps, or 8 for large tiles with segments. The weights are operand
+//              +-------------------+     A of the mma, so that they go from packed words to fragments within a thread's
+//     FEATURES |       warp 0      |     registers; the activations are operand B. A warp's tile is WARP_FEATURES x
+//              +-------------------+     WARP_TOKENS; lane 4 g + t holds features g, g + 8 and tokens 2 t, 2 t + 1 of
+//              |       warp 1      |     every 16 x 8 product in it. The picture is of 128 x 128, with tiles of
+//              +-------------------+     32 x 128: the fewer warps share features, the fewer unpack the same weights.
+//                       ...
 //
 // Shared memory, a stage: TOKENS rows of 64 bytes of x, FEATURES rows of 32 (64 for int8) bytes of weights, FEATURES
-// bytes of multiplier pairs. Pieces of 16 bytes are permuted within a row (see `piece_offset`), which makes the copies
+// pairs of multipliers. Pieces of 16 bytes are permuted within a row (see `piece_offset`), which makes the copies
 // and every ldmatrix free of bank conflicts. The epilogue reuses it to turn the tile, so that all that has the output's
 // layout (shift, residual, output) is read and written along the features.
+//
+// Tensor cores never wait for a step to begin: its activations are read, and its first weights unpacked, during the
+// products of the step before. So a step's copies must have arrived when the one before begins.
 //
 // Where the channels of a segment are an odd multiple of 32, the last step of every tap is half empty: its second half
 // is filled with zeros.
@@ -52,20 +55,22 @@ struct Params {
     int bias_dtype, shift_dtype, low_dtype, out_dtype;
 };
 
-constexpr int THREADS = 256;
 constexpr int STEP = 64;
 constexpr int PIECE = 16;  // bytes of one asynchronous copy
-// Larger warp tiles read less shared memory a product; smaller ones give all 8 warps work in small tiles.
-constexpr int WARP_FEATURES = FEATURES * TOKENS >= 8192 ? 32 : 16;
+// Two blocks of four warps on a multiprocessor hide each other's barriers. Sums of segments take as many registers as
+// those of products, so large tiles with both have more threads.
+constexpr int SUMS = FEATURES * TOKENS * (SEGMENTED ? 2 : 1);
+constexpr int WARPS = SEGMENTED && FEATURES * TOKENS > 4096 ? 8 : 4;
+constexpr int THREADS = 32 * WARPS;
+constexpr int WARP_FEATURES = FEATURES * TOKENS / WARPS >= 1024 ? 32 : FEATURES / 4;
 constexpr int WARP_ROWS = FEATURES / WARP_FEATURES;
-constexpr int WARP_TOKENS = TOKENS * WARP_ROWS / 8;
+constexpr int WARP_TOKENS = TOKENS * WARP_ROWS / WARPS;
 constexpr int M_TILES = WARP_FEATURES / 16;
 constexpr int N_TILES = WARP_TOKENS / 8;
 // Pixel tiles of the rectangle of blocks that run at the same time.
 constexpr int RASTER = 8;
-// Two blocks on a multiprocessor hide each other's barriers, but leave a thread 128 registers.
-constexpr int MIN_BLOCKS = FEATURES * TOKENS * (SEGMENTED ? 2 : 1) >= 16384 ? 1 : 2;
-static_assert(WARP_ROWS <= 8 && N_TILES * 64 == TOKENS * WARP_ROWS, "8 warps must tile FEATURES x TOKENS");
+constexpr int MIN_BLOCKS = WARPS == 8 ? 1 : SUMS > 8192 ? 2 : SUMS > 4096 ? 3 : 4;
+static_assert(WARP_ROWS <= WARPS && N_TILES * 8 * WARPS == TOKENS * WARP_ROWS, "the warps must tile FEATURES x TOKENS");
 
 constexpr int X_ROW = STEP;
 constexpr int WEIGHT_ROW = WEIGHT == 8 ? STEP : STEP / 2;
@@ -73,7 +78,7 @@ constexpr int BLOCK_BYTES = WEIGHT_ROW / 2;  // of 32 weights
 constexpr int X_BYTES = TOKENS * X_ROW;
 constexpr int WEIGHT_BYTES = FEATURES * WEIGHT_ROW;
 constexpr int SCALE_ROW_BYTES = 4 * TOKENS;  // before the stages: each token's row of x_scale
-constexpr int STAGE_BYTES = X_BYTES + WEIGHT_BYTES + (WEIGHT == 4 ? FEATURES : 0);
+constexpr int STAGE_BYTES = X_BYTES + WEIGHT_BYTES + (WEIGHT == 4 ? 2 * FEATURES : 0);
 
 // Where a piece of a row of 32 or 64 bytes lies, such that any 8 rows from a multiple of 8 on have the same piece in
 // 8 different groups of 4 banks.
@@ -94,19 +99,21 @@ struct Walk {
 
     __device__ __forceinline__ int left() const { return width - channel; }
 
-    __device__ __forceinline__ void advance(const Params& p) {
+    // Go on; returns whether the taps are others.
+    __device__ __forceinline__ bool advance(const Params& p) {
         block += left() > 32 ? 2 : 1;
         channel += STEP;
-        if (channel < width) return;
+        if (channel < width) return false;
         channel = 0;
-        if (++tap_column < p.KW) return;
+        if (++tap_column < p.KW) return true;
         tap_column = 0;
-        if (++tap_row < p.KH) return;
+        if (++tap_row < p.KH) return true;
         tap_row = 0;
         if (SEGMENTED && ++segment < p.segments) {
             first += width;
             width = p.segment_width[segment];
         }
+        return true;
     }
 };
 
@@ -114,87 +121,124 @@ __device__ __forceinline__ int steps_of_segment(const Params& p, int segment) {
     return p.KH * p.KW * ((p.segment_width[segment] + STEP - 1) / STEP);
 }
 
-// What one thread copies of every step.
+// What one thread copies of every step: pieces of rows that are some rows apart. Pixels and features past the end take
+// the last one's place: what becomes of them is not stored.
 struct Loader {
     static constexpr int X_PIECES = (X_BYTES / PIECE + THREADS - 1) / THREADS;
     static constexpr int WEIGHT_PIECES = (WEIGHT_BYTES / PIECE + THREADS - 1) / THREADS;
-    static constexpr int X_ROW_PIECES = X_ROW / PIECE;
-    static constexpr int WEIGHT_ROW_PIECES = WEIGHT_ROW / PIECE;
-    static constexpr int NOWHERE = -(1 << 30);
+    static constexpr int X_APART = THREADS / (X_ROW / PIECE), WEIGHTS_APART = THREADS / (WEIGHT_ROW / PIECE);
+    static_assert(X_APART % 8 == 0 && WEIGHTS_APART % 8 == 0, "pieces of a thread must be permuted alike");
 
-    int position[X_PIECES];  // pixel of x under tap (0, 0): none of the image's where that tap is outside
-    int row[X_PIECES], column[X_PIECES];
-    int first_feature;
-    unsigned pair = 0;  // of multipliers, on its way to shared memory
+    unsigned x[X_PIECES];    // bytes from the first pixel to that of tap (0, 0), were it padded
+    int corner[X_PIECES];    // of the image, in front of its padding: row and column of tap (0, 0), 16 bits each
+    int inside[X_PIECES];    // bytes of the running tap: none where it is outside
+    unsigned weights[WEIGHT_PIECES], multipliers;  // bytes from the first feature
+    int x_to, weights_to;    // in a stage
+    // What all threads have in common is added to the addresses alone: the first pixel's channels and the first
+    // feature's codes of the running step.
+    const signed char* channels;
+    const unsigned char* codes;
+    // Bytes of multipliers on their way to shared memory, of the steps that have begun to be loaded but for the first
+    // of them: they come in registers, and nothing waits for them before. Where a step starts with an odd block, its
+    // pair lies across two bytes.
+    static constexpr int QUEUE = STAGES - 2;
+    unsigned queue[QUEUE + 1] = {}, second[QUEUE + 1] = {};
+    unsigned odd = 0;  // a bit for each in the queue, from its end
 
-    __device__ __forceinline__ Loader(const Params& p, int first_feature, int first_pixel)
-        : first_feature(first_feature) {
-        const int thread = threadIdx.x;
+    __device__ __forceinline__ Loader(const Params& p, const Walk& at, int first_feature, int first_pixel) {
+        const int thread = threadIdx.x, token = thread / (X_ROW / PIECE), piece = thread % (X_ROW / PIECE);
+        x_to = piece_offset<X_ROW>(token, piece);
 #pragma unroll
         for (int i = 0; i < X_PIECES; ++i) {
-            const int token = (thread + i * THREADS) / X_ROW_PIECES;
-            const int pixel = first_pixel + token;
-            const int image = pixel / (p.OH * p.OW);
-            const int inside = pixel - image * (p.OH * p.OW);
-            row[i] = inside / p.OW * p.stride_h - p.pad_h;
-            column[i] = inside % p.OW * p.stride_w - p.pad_w;
-            position[i] = (image * p.H + row[i]) * p.W + column[i];
-            if (token >= TOKENS || image >= p.B) row[i] = NOWHERE;
+            const int pixel = min(first_pixel + token + i * X_APART, p.B * p.OH * p.OW - 1);
+            const int image = pixel / (p.OH * p.OW), within = pixel - image * (p.OH * p.OW);
+            const int row = within / p.OW * p.stride_h, column = within % p.OW * p.stride_w;
+            const unsigned first = (image * p.H + row) * p.W + column;
+            x[i] = first * static_cast<unsigned>(p.C) + piece * PIECE;
+            corner[i] = (row - p.pad_h) * 65536 + ((column - p.pad_w) & 65535);
         }
-    }
-
-    __device__ __forceinline__ void start(const Params& p, const Walk& at, unsigned char* stage) {
-        const int thread = threadIdx.x;
-        // Conditions are joined without branches, and addresses made anew: registers of pointers are better spent on
-        // accumulators. Where nothing is read the address may be none.
-        const int tap = at.tap_row * p.W + at.tap_column;
-        const signed char* channels = p.x + at.first + at.channel + thread % X_ROW_PIECES * PIECE;
-#pragma unroll
-        for (int i = 0; i < X_PIECES; ++i) {
-            const int token = (thread + i * THREADS) / X_ROW_PIECES, piece = thread % X_ROW_PIECES;
-            const bool inside = (static_cast<unsigned>(row[i] + at.tap_row) < static_cast<unsigned>(p.H)) &
-                                (static_cast<unsigned>(column[i] + at.tap_column) < static_cast<unsigned>(p.W)) &
-                                (piece * PIECE < at.left());
-            const unsigned long long pixel = static_cast<unsigned>(position[i] + tap);
-            const signed char* from = channels + pixel * static_cast<unsigned>(p.C);
-            if (X_BYTES / PIECE % THREADS == 0 || token < TOKENS) {
-                cp_async_16(stage + piece_offset<X_ROW>(token, piece), from, inside);
-            }
-        }
+        const int feature = thread / (WEIGHT_ROW / PIECE), of_row = thread % (WEIGHT_ROW / PIECE);
         const unsigned blocks = p.KH * p.KW * (p.C / 32);
+        weights_to = X_BYTES + piece_offset<WEIGHT_ROW>(feature, of_row);
 #pragma unroll
         for (int i = 0; i < WEIGHT_PIECES; ++i) {
-            const int index = thread + i * THREADS, piece = index % WEIGHT_ROW_PIECES, row = index / WEIGHT_ROW_PIECES;
-            const unsigned long long feature = static_cast<unsigned>(first_feature + row);
-            const unsigned char* start = p.codes + feature * (blocks * BLOCK_BYTES);
-            const unsigned char* from = start + at.block * BLOCK_BYTES + piece * PIECE;
-            const bool exists = feature < static_cast<unsigned>(p.N);
-            const bool inside = exists & (piece * (STEP / WEIGHT_ROW_PIECES) < at.left());
-            if (WEIGHT_BYTES / PIECE % THREADS == 0 || index < WEIGHT_BYTES / PIECE) {
-                cp_async_16(stage + X_BYTES + piece_offset<WEIGHT_ROW>(row, piece), from, inside);
-            }
+            const unsigned n = min(first_feature + feature + i * WEIGHTS_APART, p.N - 1);
+            weights[i] = n * (blocks * BLOCK_BYTES) + of_row * PIECE;
         }
-        if (WEIGHT == 4 && thread < FEATURES && first_feature + thread < p.N) {
-            // Two multipliers a byte: where a step starts with an odd block, its pair lies across two bytes.
-            const unsigned long long feature = static_cast<unsigned>(first_feature + thread);
-            const unsigned char* from = p.multipliers + feature * ((blocks + 1) / 2) + at.block / 2;
-            const bool odd = at.block & 1;
-            pair = __ldg(from) >> (odd ? 4 : 0);
-            if (odd && at.left() > 32) pair |= static_cast<unsigned>(__ldg(from + 1)) << 4;
+        multipliers = min(first_feature + thread, p.N - 1) * ((blocks + 1) / 2);
+        codes = p.codes;
+        tap(p, at);
+    }
+
+    // To the tap of this step.
+    __device__ __forceinline__ void tap(const Params& p, const Walk& at) {
+        const bool pads = p.KH * p.KW > 1 || p.pad_h > 0 || p.pad_w > 0;  // a row of pixels may be a long one
+#pragma unroll
+        for (int i = 0; i < X_PIECES; ++i) {
+            const int row = (corner[i] >> 16) + at.tap_row, column = static_cast<short>(corner[i]) + at.tap_column;
+            const bool there = (static_cast<unsigned>(row) < static_cast<unsigned>(p.H)) &
+                               (static_cast<unsigned>(column) < static_cast<unsigned>(p.W));
+            inside[i] = there | !pads ? PIECE : 0;
+        }
+        const int pixel = (at.tap_row - p.pad_h) * p.W + at.tap_column - p.pad_w;
+        channels = p.x + static_cast<long long>(pixel) * p.C + at.first;
+    }
+
+    // Begin to load a step.
+    __device__ __forceinline__ void start(const Params& p, const Walk& at, unsigned char* stage) {
+        const int thread = threadIdx.x;
+        const int of_x = thread % (X_ROW / PIECE) * PIECE < at.left() ? PIECE : 0;
+#pragma unroll
+        for (int i = 0; i < X_PIECES; ++i) {
+            if (X_BYTES / PIECE % THREADS != 0 && thread >= X_BYTES / PIECE) continue;
+            cp_async_16_or_0(stage + x_to + i * X_APART * X_ROW, channels + x[i], inside[i] & of_x);
+        }
+        const int of_weights = thread % (WEIGHT_ROW / PIECE) * (STEP * PIECE / WEIGHT_ROW) < at.left() ? PIECE : 0;
+#pragma unroll
+        for (int i = 0; i < WEIGHT_PIECES; ++i) {
+            if (WEIGHT_BYTES / PIECE % THREADS != 0 && thread >= WEIGHT_BYTES / PIECE) continue;
+            cp_async_16_or_0(stage + weights_to + i * WEIGHTS_APART * WEIGHT_ROW, codes + weights[i], of_weights);
+        }
+        if (WEIGHT == 4 && (THREADS == FEATURES || thread < FEATURES)) {
+            const unsigned char* from = p.multipliers + at.block / 2 + multipliers;
+            queue[QUEUE] = __ldg(from);
+            odd = (odd & ~1u) | (at.block & 1);
+            if (odd & 1 && at.left() > 32) second[QUEUE] = __ldg(from + 1);
+        }
+        channels += STEP;
+        codes += at.left() > 32 ? 2 * BLOCK_BYTES : BLOCK_BYTES;
+    }
+
+    // Write a pair to its step's stage: the oldest, unless told otherwise.
+    __device__ __forceinline__ void finish(unsigned char* stage, int place_in_queue = 0) const {
+        const int feature = threadIdx.x;
+        if (WEIGHT == 4 && (THREADS == FEATURES || feature < FEATURES)) {
+            // A byte each. The pairs of a lane's features, 8 apart, lie side by side.
+            const int place = feature % 8 * (2 * M_TILES) + feature % WARP_FEATURES / 8;
+            const int turn = odd >> (QUEUE - place_in_queue) & 1 ? 4 : 0;
+            const unsigned pair = queue[place_in_queue] >> turn | second[place_in_queue] << (8 - turn);
+            unsigned char* pairs = stage + X_BYTES + WEIGHT_BYTES + feature / WARP_FEATURES * WARP_FEATURES * 2;
+            *reinterpret_cast<unsigned short*>(pairs + 2 * place) =
+                static_cast<unsigned short>((pair & 15) | (pair >> 4 & 15) << 8);
         }
     }
 
-    // Last in an iteration: by then the load of `start` has arrived.
-    __device__ __forceinline__ void finish(unsigned char* stage) const {
-        if (WEIGHT == 4 && threadIdx.x < FEATURES) {
-            stage[X_BYTES + WEIGHT_BYTES + threadIdx.x] = static_cast<unsigned char>(pair);
+    // Move the queue on.
+    __device__ __forceinline__ void next() {
+#pragma unroll
+        for (int i = 0; i < QUEUE; ++i) {
+            queue[i] = queue[i + 1];
+            second[i] = second[i + 1];
         }
+        if (QUEUE > 0) odd <<= 1;
     }
 };
 
 struct Warp {
     int lane, g, t;
     int feature, token;  // of the warp's tile in the block's
+    // Of its first fragments in a stage. The next ones are 16 features, or 8 tokens, further: permuted alike.
+    int weights, x, pairs;
 
     __device__ __forceinline__ Warp() {
         const int warp = threadIdx.x / 32;
@@ -203,52 +247,98 @@ struct Warp {
         t = lane % 4;
         feature = warp % WARP_ROWS * WARP_FEATURES;
         token = warp / WARP_ROWS * WARP_TOKENS;
+        x = piece_offset<X_ROW>(token + lane % 8, lane / 8);
+        weights = X_BYTES + piece_offset<WEIGHT_ROW>(feature + lane % 16, lane / 16);
+        pairs = X_BYTES + WEIGHT_BYTES + 2 * (feature + g * (2 * M_TILES));
     }
 };
 
 using Tables = unsigned[M_TILES][2][4];  // the codebooks of features g, g + 8 of every tile
 
-// Fragments of both halves of a step, for 16 features at `tile`.
-__device__ __forceinline__ void weight_fragments(unsigned (&a)[2][4], const unsigned char* weights,
-                                                 const unsigned char* pairs, const unsigned (&table)[2][4], int tile,
-                                                 const Warp& warp) {
-    const int row = tile + warp.lane % 16, piece = warp.lane / 16;
-    if constexpr (WEIGHT == 8) {
-        ldmatrix_x4(a[0], weights + piece_offset<WEIGHT_ROW>(row, piece));
-        ldmatrix_x4(a[1], weights + piece_offset<WEIGHT_ROW>(row, piece + 2));
-    } else {
-        unsigned words[4];  // features g, g + 8 of the first block of 32, then of the second
-        ldmatrix_x4(words, weights + piece_offset<WEIGHT_ROW>(row, piece));
+// Two 8-token tiles of a step's activations: 64 channels each.
+constexpr int CHUNKS = N_TILES / 2;
+using Chunk = unsigned[2][4];
+
+// What the products of a step read first: its weights, fragments of both halves for every 16 features, and activations.
+struct Fragments {
+    unsigned a[M_TILES][2][4];
+    Chunk b;
+};
+
+// Of 16 features: packed (g, g + 8 of the first block of 32, then of the second), or as they are.
+struct Words {
+    unsigned word[2][4];  // the second one of int8 alone
+    unsigned multipliers;  // of g, then of g + 8: of the first block, of the second
+};
+
+__device__ __forceinline__ void read_words(Words& words, const unsigned char* stage, int tile, const Warp& warp) {
+    ldmatrix_x4(words.word[0], stage + warp.weights + tile * 16 * WEIGHT_ROW);
+    if constexpr (WEIGHT == 8) ldmatrix_x4(words.word[1], stage + (warp.weights ^ 2 * PIECE) + tile * 16 * WEIGHT_ROW);
+    if constexpr (WEIGHT == 4) {
+        words.multipliers = *reinterpret_cast<const unsigned*>(stage + warp.pairs + 4 * tile);
+    }
+}
+
+__device__ __forceinline__ void read_activations(Chunk& b, const unsigned char* stage, int chunk, const Warp& warp) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            if constexpr (WEIGHT == 5) {
-                unpack_codebook(words[i], table[i], a[0][i], a[0][i + 2]);
-                unpack_codebook(words[i + 2], table[i], a[1][i], a[1][i + 2]);
-            } else {
-                const unsigned pair = pairs[tile + warp.g + 8 * i];
-                unpack_s4(words[i], pair & 15, a[0][i], a[0][i + 2]);
-                unpack_s4(words[i + 2], pair >> 4, a[1][i], a[1][i + 2]);
-            }
+    for (int i = 0; i < 2; ++i) ldmatrix_x4(b[i], stage + warp.x + (2 * chunk + i) * 8 * X_ROW);
+}
+
+__device__ __forceinline__ void unpack(unsigned (&a)[2][4], const Words& words, const unsigned (&table)[2][4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (WEIGHT == 8) {
+            a[0][i] = words.word[0][i];
+            a[1][i] = words.word[1][i];
+        } else if constexpr (WEIGHT == 5) {
+            unpack_codebook(words.word[0][i], table[i % 2], a[i / 2][i % 2], a[i / 2][i % 2 + 2]);
+        } else {
+            const unsigned multiplier = __byte_perm(words.multipliers, 0, 0x4440 | (i % 2 * 2 + i / 2));
+            unpack_s4(words.word[0][i], multiplier, a[i / 2][i % 2], a[i / 2][i % 2 + 2]);
         }
     }
 }
 
-// acc += weights * x over one stage.
-__device__ __forceinline__ void multiply(int (&acc)[M_TILES][N_TILES][4], const unsigned char* stage,
-                                         const Tables& tables, const Warp& warp) {
-    unsigned a[M_TILES][2][4];
+// Begin with the step of this stage.
+__device__ __forceinline__ void read_first(Fragments& first, const unsigned char* stage, const Tables& tables,
+                                           const Warp& warp) {
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m) {
-        weight_fragments(a[m], stage + X_BYTES, stage + X_BYTES + WEIGHT_BYTES, tables[m], warp.feature + 16 * m, warp);
+        Words words;
+        read_words(words, stage, m, warp);
+        unpack(first.a[m], words, tables[m]);
     }
+    read_activations(first.b, stage, 0, warp);
+}
+
+// acc += weights * x over one stage; `next` goes from its fragments to those of the following one.
+__device__ __forceinline__ void multiply(int (&acc)[M_TILES][N_TILES][4], Fragments& next, const unsigned char* stage,
+                                         const unsigned char* following, const Tables& tables, const Warp& warp) {
+    const Fragments first = next;
+    Chunk b[2];
 #pragma unroll
-    for (int n = 0; n < N_TILES; ++n) {
-        unsigned b[4];  // 8 tokens by 64 channels
-        ldmatrix_x4(b, stage + piece_offset<X_ROW>(warp.token + 8 * n + warp.lane % 8, warp.lane / 8));
+    for (int i = 0; i < 8; ++i) b[0][i / 4][i % 4] = first.b[i / 4][i % 4];
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+        Chunk& ahead = c + 1 < CHUNKS ? b[(c + 1) % 2] : next.b;
+        read_activations(ahead, c + 1 < CHUNKS ? stage : following, (c + 1) % CHUNKS, warp);
+        Words words[M_TILES];
 #pragma unroll
         for (int m = 0; m < M_TILES; ++m) {
-            mma_s8(acc[m][n], a[m][0], b[0], b[1]);
-            mma_s8(acc[m][n], a[m][1], b[2], b[3]);
+            if (m * CHUNKS / M_TILES == c) read_words(words[m], following, m, warp);
+        }
+        // One half after the other: a product does not wait for the one before it in the same sum.
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int i = 0; i < 2 * M_TILES; ++i) {
+                const unsigned(&x)[4] = b[c % 2][i % 2];
+                mma_s8(acc[i / 2][2 * c + i % 2], first.a[i / 2][half], x[2 * half], x[2 * half + 1]);
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m) {
+            if (m * CHUNKS / M_TILES == c) unpack(next.a[m], words[m], tables[m]);
         }
     }
 }
@@ -336,28 +426,28 @@ __device__ __forceinline__ void add_low_rank(Tile& y, const Params& p, int featu
 __device__ __forceinline__ void add_low_rank_plain(Tile& y, const Params& p, int feature, int pixel,
                                                    const Warp& warp) {
     const int pixels = p.B * p.OH * p.OW;
-    Tile sum = {};
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m) {  // more sums at a time would spill
+        float sum[N_TILES][4] = {};
 #pragma unroll 1
-    for (int k = 0; k < p.rank; ++k) {
-        const int rank = opaque(p.rank), first_row = opaque(pixel + 2 * warp.t);
-        float up[2 * M_TILES];
+        for (int k = 0; k < p.rank; ++k) {
+            const int rank = opaque(p.rank), first_row = opaque(pixel + 2 * warp.t);
+            float up[2];
 #pragma unroll
-        for (int i = 0; i < 2 * M_TILES; ++i) {
-            const long long row = min(feature + 8 * i + warp.g, p.N - 1);
-            up[i] = load_float(p.up, p.low_dtype, row * rank + k);
+            for (int i = 0; i < 2; ++i) {
+                const long long row = min(feature + 16 * m + 8 * i + warp.g, p.N - 1);
+                up[i] = load_float(p.up, p.low_dtype, row * rank + k);
+            }
+#pragma unroll
+            for (int j = 0; j < 2 * N_TILES; ++j) {
+                const long long row = min(first_row + j / 2 * 8 + j % 2, pixels - 1);
+                const float low = load_float(p.x_low, p.low_dtype, row * rank + k);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) sum[j / 2][i * 2 + j % 2] += up[i] * low;
+            }
         }
 #pragma unroll
-        for (int j = 0; j < 2 * N_TILES; ++j) {
-            const long long row = min(first_row + j / 2 * 8 + j % 2, pixels - 1);
-            const float low = load_float(p.x_low, p.low_dtype, row * rank + k);
-#pragma unroll
-            for (int i = 0; i < 2 * M_TILES; ++i) sum[i / 2][j / 2][i % 2 * 2 + j % 2] += up[i] * low;
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < 4 * M_TILES * N_TILES; ++i) {
-        const int m = i / (4 * N_TILES), n = i / 4 % N_TILES;
-        y[m][n][i % 4] = __fadd_rn(y[m][n][i % 4], sum[m][n][i % 4]);
+        for (int i = 0; i < 4 * N_TILES; ++i) y[m][i / 4][i % 4] = __fadd_rn(y[m][i / 4][i % 4], sum[i / 4][i % 4]);
     }
 }
 
@@ -447,35 +537,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) gemm_mma(const
     int steps = 0;
     for (int s = 0; s < p.segments; ++s) steps += steps_of_segment(p, s);
     Walk ahead(p);  // the next step to load
-    Loader loader(p, first_feature, first_pixel);
+    Loader loader(p, ahead, first_feature, first_pixel);
+    auto load = [&](unsigned char* stage) {
+        loader.start(p, ahead, stage);
+        if (ahead.advance(p)) loader.tap(p, ahead);
+    };
     auto stage = [&](int slot) { return shared + SCALE_ROW_BYTES + slot * STAGE_BYTES; };
 #pragma unroll
     for (int s = 0; s < STAGES - 1; ++s) {
-        if (s < steps) {
-            loader.start(p, ahead, stage(s));
-            loader.finish(stage(s));
-            ahead.advance(p);
-        }
+        if (s < steps) load(stage(s));
         cp_async_commit();
+        if (s == 0) {
+            loader.finish(stage(s), Loader::QUEUE);
+        } else {
+            loader.next();
+        }
     }
 
     Tile y;
     int acc[M_TILES][N_TILES][4] = {};
     int slot = 0, segment = 0, segment_end = steps - steps_of_segment(p, 0);
+    Fragments next;
+    cp_async_wait<STAGES - 2>();
+    __syncthreads();
+    read_first(next, stage(0), tables, warp);
 #pragma unroll 1
     for (int left = steps; left > 0;) {
-        cp_async_wait<STAGES - 2>();
-        // Also: every warp is done with the step before, whose stage is loaded next.
-        __syncthreads();
+        unsigned char* following = stage(slot + 1 < STAGES ? slot + 1 : 0);
         unsigned char* refilled = stage(slot > 0 ? slot - 1 : STAGES - 1);
-        const bool more = left > STAGES - 1;
-        if (more) loader.start(p, ahead, refilled);
-        cp_async_commit();
-        multiply(acc, stage(slot), tables, warp);
-        if (more) {
-            loader.finish(refilled);
-            ahead.advance(p);
+        if (STAGES > 2) {
+            loader.finish(following);
+            cp_async_wait<STAGES - 3>();
         }
+        // Also: every warp has read the step before, whose stage is loaded next.
+        __syncthreads();
+        if (left > STAGES - 1) load(refilled);
+        cp_async_commit();
+        loader.next();
+        if (STAGES == 2) {
+            loader.finish(following);
+            cp_async_wait<0>();
+            __syncthreads();
+        }
+        multiply(acc, next, stage(slot), following, tables, warp);
         slot = slot + 1 < STAGES ? slot + 1 : 0;
         --left;
         if (SEGMENTED && left == segment_end && p.out_dtype != DTYPE_I32) {

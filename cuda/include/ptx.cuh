@@ -27,15 +27,19 @@ __device__ __forceinline__ int opaque(int value) {
     return value;
 }
 
-// Copy 16 bytes from global to shared memory, or write 16 zeros where `valid` is false; `global` is not read then.
-__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
+// Copy 16 bytes from global to shared memory; or write 16 zeros where `bytes` is 0: `global` is not read then.
+__device__ __forceinline__ void cp_async_16_or_0(void* shared, const void* global, int bytes) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-                 "r"(valid ? 16 : 0)
+                 "r"(bytes)
                  : "memory");
 #else
-    *static_cast<uint4*>(shared) = valid ? __ldg(static_cast<const uint4*>(global)) : make_uint4(0, 0, 0, 0);
+    *static_cast<uint4*>(shared) = bytes ? __ldg(static_cast<const uint4*>(global)) : make_uint4(0, 0, 0, 0);
 #endif
+}
+
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
+    cp_async_16_or_0(shared, global, valid ? 16 : 0);
 }
 
 // Ask for the line of an address, which is to be read later.

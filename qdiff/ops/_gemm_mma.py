@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 from qdiff.ops import _cupy
 from qdiff.ops._problem import MAX_SEGMENTS, Launch, Problem
 
-THREADS = 256
 _STEP = 64  # of K
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3}
 
@@ -29,6 +29,11 @@ class Tile(NamedTuple):
     def name(self) -> str:
         return f"{self.features}x{self.tokens}"
 
+    @property
+    def size(self) -> int:
+        """Results of a block."""
+        return self.features * self.tokens
+
 
 TILES = [Tile(features, tokens) for tokens in (128, 64, 32, 16) for features in (128, 64)]
 
@@ -38,14 +43,20 @@ _INTEGERS = struct.Struct("24i")
 
 
 def fits(tile: Tile, problem: Problem) -> bool:
-    """Every tile computes every problem."""
-    return True
+    """Whether the tile can compute the problem."""
+    return _holds(tile, problem.weight_kind)
+
+
+def _holds(tile: Tile, weight: int) -> bool:
+    """Whether a thread has registers for the codebooks of its features too, where there are such."""
+    return weight != 5 or tile.size <= 8192
 
 
 def guess(problem: Problem) -> Tile:
     """The tile by `choose_tile`."""
     pixels = problem.B * problem.OH * problem.OW
-    return choose_tile(problem.N, pixels, _cupy.multiprocessors(problem.x.device))
+    tiles = [tile for tile in TILES if fits(tile, problem)]
+    return choose_tile(tiles, problem.N, pixels, _cupy.multiprocessors(problem.x.device))
 
 
 def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
@@ -58,16 +69,24 @@ def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
         out: [B, OH, OW, N] in memory, of the problem's out_dtype.
         tile: of `TILES`.
     """
-    pixels = problem.B * problem.OH * problem.OW
-    depth = stages(tile, _cupy.capability(out.device))
-    kernel = _cupy.kernel("gemm_mma", defines(tile, problem.weight_kind, depth, len(problem.segments) > 1))
-    grid = (-(-problem.N // tile.features) * -(-pixels // tile.tokens), 1, 1)
-    shared = shared_bytes(tile, problem.weight_kind, depth)
-    start = kernel.launcher(grid, THREADS, shared, _POINTERS, _integers(problem, out))
+    p, pixels = problem, problem.B * problem.OH * problem.OW
+    # Offsets have 32 bits, and where a tap may be outside of its image, rows and columns 16.
+    bounded = p.kernel != (1, 1) or p.padding != (0, 0)
+    if max(p.x.numel(), p.codes.numel()) >= 1 << 32 or (bounded and max(p.H, p.W) >= 1 << 15):
+        raise ValueError(
+            f"x, codes: got {tuple(p.x.shape)} and {tuple(p.codes.shape)}, expected less than 4 GiB each, and images "
+            "of fewer than 32,768 rows and columns; split the batch or the image"
+        )
+    segmented = len(p.segments) > 1
+    depth = stages(tile, p.weight_kind, _cupy.capability(out.device))
+    kernel = _cupy.kernel("gemm_mma", defines(tile, p.weight_kind, depth, segmented))
+    grid = (-(-p.N // tile.features) * -(-pixels // tile.tokens), 1, 1)
+    shared = shared_bytes(tile, p.weight_kind, depth, segmented)
+    start = kernel.launcher(grid, threads(tile, segmented), shared, _POINTERS, _integers(problem, out))
     return lambda places, early: start(*places)
 
 
-def choose_tile(features: int, pixels: int, multiprocessors: int) -> Tile:
+def choose_tile(tiles: Sequence[Tile], features: int, pixels: int, multiprocessors: int) -> Tile:
     """The tile whose blocks, in waves over the multiprocessors, take the fewest estimated cycles for a step of K.
 
     A block's step costs its products (a tensor core of the Ampere generation makes 2,048 of 8 bits a cycle), and what
@@ -79,27 +98,35 @@ def choose_tile(features: int, pixels: int, multiprocessors: int) -> Tile:
         waves = -(-(-(-features // tile.features) * -(-pixels // tile.tokens)) // multiprocessors)
         return waves * (tile.features * tile.tokens * _STEP // 2048 + 2 * (tile.features + tile.tokens))
 
-    return min(TILES, key=cycles)
+    return min(tiles, key=cycles)
 
 
-def stages(tile: Tile, capability: tuple[int, int]) -> int:
-    """Steps under way: as many as leave room for a second block in the 100 KiB that most GPUs have.
+def threads(tile: Tile, segmented: bool) -> int:
+    """Of a block: four warps, or eight for more sums than these have registers for."""
+    return 256 if segmented and tile.size > 4096 else 128
+
+
+def stages(tile: Tile, weight: int, capability: tuple[int, int]) -> int:
+    """Steps under way: as many as leave room for a second block in the 100 KiB that most GPUs have, to eight.
 
     Turing copies through registers, so a third stage would have nothing to wait for.
     """
     if capability < (8, 0):
         return 2
-    return 3 if tile.features * tile.tokens >= 128 * 128 else 4
+    return min(8, (49 * 1024 - 4 * tile.tokens) // _stage(tile, weight))  # the system has a KiB of every block
 
 
-def shared_bytes(tile: Tile, weight: int, depth: int) -> int:
-    """Dynamic shared memory of a block: the stages, or the strip of the output that is turned in their place."""
+def _stage(tile: Tile, weight: int) -> int:
     weight_row = _STEP if weight == 8 else _STEP // 2
-    stage = tile.tokens * _STEP + tile.features * (weight_row + (weight == 4))
-    warp_features = 32 if tile.features * tile.tokens >= 8192 else 16
-    strips = 8 * warp_features // tile.features  # warps along the tokens
-    strip = strips * min(16, tile.tokens // strips)
-    return max(4 * tile.tokens + depth * stage, 4 * strip * (tile.features + 4))
+    return tile.tokens * _STEP + tile.features * (weight_row + 2 * (weight == 4))
+
+
+def shared_bytes(tile: Tile, weight: int, depth: int, segmented: bool) -> int:
+    """Dynamic shared memory of a block: the stages, or the strip of the output that is turned in their place."""
+    warps = threads(tile, segmented) // 32
+    warp_features = 32 if tile.size // warps >= 1024 else tile.features // 4
+    strip = 16 * warps * warp_features // tile.features  # of warps along the tokens
+    return max(4 * tile.tokens + depth * _stage(tile, weight), 4 * strip * (tile.features + 4))
 
 
 def defines(tile: Tile, weight: int, depth: int, segmented: bool) -> tuple[tuple[str, int], ...]:
@@ -132,10 +159,12 @@ def _dtype(tensor: Tensor | None) -> int:
     return 0 if tensor is None else _DTYPES[tensor.dtype]
 
 
-# Everything that `prepare` may ask for, on GPUs with asynchronous copies.
+# Everything that `prepare` may ask for, on GPUs with asynchronous copies and on Turing.
 VARIANTS = [
-    ("gemm_mma", defines(tile, weight, stages(tile, (8, 0)), segmented))
+    ("gemm_mma", defines(tile, weight, stages(tile, weight, capability), segmented))
     for tile in TILES
     for weight in (4, 5, 8)
     for segmented in (False, True)
+    for capability in ((8, 0), (7, 5))
+    if _holds(tile, weight)
 ]

@@ -54,6 +54,8 @@ unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(emulate::self->block << emulate::RANK_SHIFT) + emulate::SHARED_BASE + offset;
 }
 
+void cp_async_16_or_0(void* shared, const void* global, int bytes) { cp_async_16(shared, global, bytes != 0); }
+
 void cp_async_16(void* shared, const void* global, bool valid) {
     emulate::check_shared(shared, 16, "cp.async");
     if (reinterpret_cast<uintptr_t>(global) % 16) emulate::fail("cp.async: misaligned global address");

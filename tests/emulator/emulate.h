@@ -242,6 +242,7 @@ static inline void prefetch_l2(const void* global) { static_cast<void>(*static_c
 
 unsigned shared_address(const void* pointer);
 void cp_async_16(void* shared, const void* global, bool valid);
+void cp_async_16_or_0(void* shared, const void* global, int bytes);
 void cp_async_commit();
 void ldmatrix_x4(unsigned (&d)[4], const void* row);
 void mma_s8(int (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);

@@ -51,10 +51,24 @@ CASES = {
     "64 x 64, no bias": Case(n=100, segments=(128,), size=(1, 1, 100), tile=Tile(64, 64), bias=None),
     "128 x 32, more pixel tiles than a band": Case(n=130, segments=(64,), size=(1, 1, 301), tile=Tile(128, 32)),
     "two stages, as on Turing": Case(n=72, segments=(352,), size=(1, 1, 40), capability=(7, 5)),
+    "more rows than 16 bits count": Case(n=5, segments=(32,), size=(1, 1, 33000), tile=Tile(64, 128), scale_rows=33000),
+    "fewer steps than stages": Case(n=70, segments=(96,), size=(1, 1, 40), tile=Tile(64, 32)),
+    "odd blocks, eight stages": Case(
+        n=70, segments=(96,), size=(1, 5, 7), kernel=(3, 3), padding=(1, 1), tile=Tile(64, 32)
+    ),
+    "odd blocks on Turing": Case(
+        n=70, segments=(96,), size=(1, 5, 7), kernel=(3, 3), padding=(1, 1), capability=(7, 5), residual=True
+    ),
+    "two segments of 128 x 128": Case(
+        n=130, segments=(64, 96), size=(2, 9, 9), kernel=(3, 3), padding=(1, 1), tile=Tile(128, 128), residual=True
+    ),
+    "two segments of 64 x 128, codebook": Case(
+        n=70, segments=(32, 64), size=(2, 9, 9), tile=Tile(64, 128), weight=5, scale_rows=2
+    ),
     "extremes": Case(n=70, segments=(1280,), size=(1, 1, 20), extremes=True),
     "extremes, codebook": Case(n=70, segments=(1280,), size=(1, 1, 20), extremes=True, weight=5),
     "extremes, int8": Case(n=70, segments=(1280,), size=(1, 1, 20), extremes=True, weight=8),
-    "codebook": Case(n=130, segments=(96,), size=(1, 1, 200), tile=Tile(128, 128), weight=5),
+    "codebook": Case(n=130, segments=(96,), size=(1, 1, 200), tile=Tile(128, 64), weight=5),
     "int8": Case(n=130, segments=(96,), size=(1, 1, 200), tile=Tile(128, 128), weight=8, scale_rows=200),
     "3x3": Case(n=40, segments=(64,), size=(2, 7, 5), kernel=(3, 3), padding=(1, 1), scale_rows=2, shift=True),
     "3x3 without padding, stride 2": Case(segments=(32,), size=(1, 9, 8), kernel=(3, 3), stride=(2, 2)),
@@ -68,7 +82,7 @@ CASES = {
         n=70, segments=(64, 96), size=(4, 4, 5), kernel=(3, 3), padding=(1, 1), scale_rows=2, residual=True
     ),
     "four segments, codebook": Case(
-        n=130, segments=(32, 96, 64, 32), size=(2, 9, 9), tile=Tile(128, 128), scale_rows=2, weight=5, shift=True
+        n=130, segments=(32, 96, 64, 32), size=(2, 9, 9), tile=Tile(128, 64), scale_rows=2, weight=5, shift=True
     ),
     "two segments, int8": Case(
         n=70, segments=(32, 64), size=(2, 4, 5), kernel=(3, 3), padding=(1, 1), weight=8, out_dtype=torch.float32

@@ -34,11 +34,11 @@ TOGETHER = ("sm_100a", "sm_120a")  # they run what was written for the two befor
 # Sources that use what one architecture alone has: for it, all of their variants are built.
 ONLY = {"gemm_wgmma": ("sm_90a",)}
 
-# Registers a thread: some more than the largest that was seen (gemm_mma 235, gptq_descent 128, gptq_feedback 122,
+# Registers a thread: some more than the largest that was seen (gemm_mma 255, gptq_descent 128, gptq_feedback 122,
 # group_norm_sums 87, quantize_group_norm 95, quantize_per_sample 99, quantize_per_token 128, w4a16_linear 122,
 # quantize_per_token_down 251), up to what their blocks can have. gemm_wgmma has what 384 threads can have.
 REGISTERS = {
-    "gemm_mma": 248,
+    "gemm_mma": 255,
     "gemm_wgmma": 168,
     "gptq_descent": 128,
     "gptq_feedback": 128,

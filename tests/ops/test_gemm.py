@@ -14,7 +14,8 @@ import torch
 
 from qdiff import ops
 from qdiff.numerics.packing import pack_int4, pack_multipliers
-from qdiff.ops import _cupy, _gemm, _gemm_wgmma, _settled, _shortcut, _tensor_maps, _tiles, checks
+from qdiff.ops import _cupy, _gemm, _gemm_mma, _gemm_wgmma, _settled, _shortcut, _tensor_maps, _tiles, checks
+from qdiff.ops._problem import Problem
 from qdiff.ops.w8a8_conv2d import int8_conv2d
 
 N, KERNEL = 6, (3, 2)
@@ -232,6 +233,22 @@ def test_a_second_call_runs_what_is_forced(positions, gpu, monkeypatch):
     asked = len(gpu.kernels)
     on_kernels(monkeypatch, "w8a8_linear", linear_inputs(), positions)
     assert len(gpu.kernels) == asked
+
+
+@pytest.mark.parametrize(("size", "taps", "refused"), [(1 << 32, 1, True), (1 << 15, 3, True), (1 << 15, 1, False)])
+def test_the_portable_kernels_offsets_have_32_bits_and_places_in_images_16(size, taps, refused, gpu):
+    """Of a row of pixels without taps beside them only the bytes count."""
+    values = dict.fromkeys(Problem.__slots__) | {"B": 1, "H": 1, "W": size, "C": 32, "OH": 1, "OW": size, "N": 8}
+    values |= {"kernel": (taps, taps), "stride": (1, 1), "padding": (0, 0), "segments": (32,), "weight_kind": 8}
+    values |= {"codes": torch.zeros(8, 32, dtype=torch.int8), "x_scale": torch.ones(1, 1)}
+    problem = Problem(**values | {"x": torch.zeros(1, dtype=torch.int8).expand(size)})
+    out = torch.zeros(1, dtype=torch.int32)
+    if refused:
+        with pytest.raises(ValueError, match=r"expected less than 4 GiB each, and images of fewer than 32,768 rows"):
+            _gemm_mma.prepare(problem, out, _gemm_mma.TILES[0])
+    else:
+        _gemm_mma.prepare(problem, out, _gemm_mma.TILES[0])
+    assert not gpu.params
 
 
 @pytest.mark.parametrize("path", ["mma", "wgmma"])
