@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,10 +52,33 @@ def _holds(tile: Tile, weight: int) -> bool:
 
 
 def guess(problem: Problem) -> Tile:
-    """The tile by `choose_tile`."""
-    pixels = problem.B * problem.OH * problem.OW
-    tiles = [tile for tile in TILES if fits(tile, problem)]
-    return choose_tile(tiles, problem.N, pixels, _cupy.multiprocessors(problem.x.device))
+    """The tile whose blocks are done first by a rule of thumb.
+
+    For a step of 64 of K a block takes so much of its multiprocessor: a cycle for 60 of its results, and 200. But no
+    step is done sooner than its latency, four cycles for each of its rows and columns; so several blocks are resident.
+    Fitted to a sweep of 108 problems by this kernel on an H200 (assets/benchmarks/tile_sweep_portable.json), of which
+    its tiles take 4.3 % longer than the fastest (geometric mean). Not measured on GPUs that have no other kernel.
+    """
+    p = problem
+    multiprocessors = _cupy.multiprocessors(p.x.device)
+
+    def cycles(tile: Tile) -> float:
+        blocks = -(-p.N // tile.features) * -(-p.B * p.OH * p.OW // tile.tokens)
+        most = _resident(tile, len(p.segments) > 1)
+        rounds, rest = divmod(-(-blocks // multiprocessors), most)
+
+        def step(resident: int) -> float:
+            latency = 4 * (tile.features + tile.tokens)
+            return max(latency, resident * (tile.size / 60 + 200)) if resident else 0
+
+        return rounds * step(most) + step(rest)
+
+    return min((tile for tile in TILES if fits(tile, p)), key=cycles)
+
+
+def _resident(tile: Tile, segmented: bool) -> int:
+    """Blocks that have registers on a multiprocessor."""
+    return 1 if threads(tile, segmented) > 128 else max(2, min(4, 5 - tile.size * (1 + segmented) // 4096))
 
 
 def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
@@ -84,21 +106,6 @@ def prepare(problem: Problem, out: Tensor, tile: Tile) -> Launch:
     shared = shared_bytes(tile, p.weight_kind, depth, segmented)
     start = kernel.launcher(grid, threads(tile, segmented), shared, _POINTERS, _integers(problem, out))
     return lambda places, early: start(*places)
-
-
-def choose_tile(tiles: Sequence[Tile], features: int, pixels: int, multiprocessors: int) -> Tile:
-    """The tile whose blocks, in waves over the multiprocessors, take the fewest estimated cycles for a step of K.
-
-    A block's step costs its products (a tensor core of the Ampere generation makes 2,048 of 8 bits a cycle), and what
-    grows with the operands rather than with their product: copies, fragment loads and unpacking, two cycles a row. So
-    large tiles win where they fill the machine, and small ones elsewhere. Not measured yet.
-    """
-
-    def cycles(tile: Tile) -> int:
-        waves = -(-(-(-features // tile.features) * -(-pixels // tile.tokens)) // multiprocessors)
-        return waves * (tile.features * tile.tokens * _STEP // 2048 + 2 * (tile.features + tile.tokens))
-
-    return min(tiles, key=cycles)
 
 
 def threads(tile: Tile, segmented: bool) -> int:
