@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from qdiff.ops import _settled
 
-_MOST_THREADS = 16  # a compiler takes some 200 MB
+_MOST_THREADS = 16  # a matrix kernel takes the compiler up to 90 MB
 
 
 class Loadable(Protocol):

@@ -119,6 +119,21 @@ def test_whoever_could_notice_is_called_once(quantized_sd, cuda, how):
     assert len(set(cuda.before)) > 1  # compiled one by one
 
 
+@pytest.mark.parametrize("how", ["a hook for all modules", "dropout"])
+def test_nor_is_a_call_rehearsed_that_others_would_notice(quantized_sd, cuda, how):
+    unet = quantized_sd().unet
+    if how == "dropout":
+        unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_out[1] = nn.Dropout(0.5)
+        call(unet)
+    else:
+        handle = nn.modules.module.register_module_forward_hook(lambda *given: None)
+        try:
+            call(unet)
+        finally:
+            handle.remove()
+    assert len(set(cuda.before)) > 1
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_of_a_call_is_kept(quantized_sd, monkeypatch, fails):
     unet = quantized_sd().unet
