@@ -5,8 +5,8 @@
 Random weights in the shapes of the real model (scripts/quantize_sdxl.py), two latents of 128 x 128 as guidance wants
 them, the default recipe with as little calibration as there can be: times do not depend on the values. Each denoiser
 runs as Python calls it and as a CUDA graph, channels last, the median of 20 calls after 3. So does the float16 one in
-torch's own order of dimensions, and compiled by `torch.compile`, which takes minutes. `first_call_s` is that of a new machine
-where CUPY_CACHE_DIR and CUDA_CACHE_PATH name empty folders.
+torch's own order of dimensions, and compiled by `torch.compile`, which takes minutes. `first_call_s` is that of a new
+machine where CUPY_CACHE_DIR and CUDA_CACHE_PATH name empty folders.
 """
 
 from __future__ import annotations

@@ -150,3 +150,13 @@ def test_nothing_of_a_call_is_kept(quantized_sd, monkeypatch, fails):
     assert rehearsal._thread.call is None
     if not fails:  # pytest keeps an error's frames
         assert found[0]() is None
+
+
+def test_a_denoiser_compiles_to_one_graph_without_rehearsals(quantized_sd):
+    unet = quantized_sd().unet
+    given = torch.randn(2, 4, 8, 8), torch.tensor(301), torch.randn(2, 77, 64)
+    with torch.no_grad():
+        expected = unet(*given).sample
+        compiled = torch.compile(unet, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(*given).sample, expected)
+    assert rehearsal._thread.call is None
