@@ -12,21 +12,21 @@
 //   FEATURES   of a block's output tile: 64, 128        TOKENS  its pixels: 16, 32, 64, 128
 //   STAGES     steps of 64 in k under way, from 2 on    SEGMENTED  1: several segments, each with its scale
 //
-//                    TOKENS              A block is 4 warps, or 8 for large tiles with segments. The weights are operand
-//              +-------------------+     A of the mma, so that they go from packed words to fragments within a thread's
-//     FEATURES |       warp 0      |     registers; the activations are operand B. A warp's tile is WARP_FEATURES x
-//              +-------------------+     WARP_TOKENS; lane 4 g + t holds features g, g + 8 and tokens 2 t, 2 t + 1 of
-//              |       warp 1      |     every 16 x 8 product in it. The picture is of 128 x 128, with tiles of
-//              +-------------------+     32 x 128: the fewer warps share features, the fewer unpack the same weights.
-//                       ...
+//                    TOKENS              A block is 4 warps, or 8 for large tiles with segments. The weights are
+//              +-------------------+     operand A of the mma, so that they go from packed words to fragments within a
+//     FEATURES |       warp 0      |     thread's registers; the activations are operand B. A warp's tile is
+//              +-------------------+     WARP_FEATURES x WARP_TOKENS; lane 4 g + t holds features g, g + 8 and tokens
+//              |       warp 1      |     2 t, 2 t + 1 of every 16 x 8 product in it. The picture is of 128 x 128, with
+//              +-------------------+     tiles of 32 x 128: the fewer warps share features, the fewer unpack the same
+//                       ...              weights.
 //
 // Shared memory, a stage: TOKENS rows of 64 bytes of x, FEATURES rows of 32 (64 for int8) bytes of weights, FEATURES
 // pairs of multipliers. Pieces of 16 bytes are permuted within a row (see `piece_offset`), which makes the copies
 // and every ldmatrix free of bank conflicts. The epilogue reuses it to turn the tile, so that all that has the output's
 // layout (shift, residual, output) is read and written along the features.
 //
-// Tensor cores never wait for a step to begin: its activations are read, and its first weights unpacked, during the
-// products of the step before. So a step's copies must have arrived when the one before begins.
+// A step begins with what its first products need in registers: its weights were unpacked, and its first activations
+// read, during the products of the step before. So a step's copies must have arrived when the one before begins.
 //
 // Where the channels of a segment are an odd multiple of 32, the last step of every tap is half empty: its second half
 // is filled with zeros.
