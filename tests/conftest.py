@@ -7,10 +7,12 @@ They are built once a session, from a fixed seed and without a network, and load
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported: no test reaches for the network
 
@@ -26,6 +28,10 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+_spec = importlib.util.spec_from_file_location("fake_cuda", Path(__file__).parent / "fake_cuda.py")
+_fake_cuda = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_fake_cuda)
+
 # Words of the shape "caption, style" that the tiny tokenizer knows whole; anything else is spelled letter by letter.
 WORDS = ("red", "green", "apple", "cat", "house", "style", "noto")
 
@@ -37,6 +43,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A GPU of capability 9.0, without any kernel, whose CuPy, compiler and driver write down what they are asked."""
+    with _fake_cuda.installed(tmp_path, monkeypatch) as fake:
+        yield fake
 
 
 @pytest.fixture(scope="session")

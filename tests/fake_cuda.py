@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import sys
+import threading
 import types
 
 import torch
@@ -15,10 +16,14 @@ class Params(ctypes.Structure):
 
 
 class FakeNvrtc:
-    """Compiles a source to its options."""
+    """Compiles a source to its options.
 
-    def __init__(self):
+    by, before: of every compilation, the thread, and how many launches there had been.
+    """
+
+    def __init__(self, launches):
         self.version, self.compiled, self.error, self.live = (13, 0), [], None, 0
+        self.by, self.before, self.launches = [], [], launches
 
     def getVersion(self):  # noqa: N802
         return self.version
@@ -29,6 +34,8 @@ class FakeNvrtc:
 
     def compileProgram(self, program, options):  # noqa: N802
         self.compiled.append((*program, options))
+        self.by.append(threading.current_thread())
+        self.before.append(len(self.launches))
         if self.error:
             raise RuntimeError("NVRTC_ERROR_COMPILATION")
 
@@ -56,7 +63,7 @@ class FakeCupy(types.ModuleType):
         super().__init__("cupy")
         self.launches, self.failures, self.RawModule = [], [], lambda *, path: FakeModule(path)
         self.cuda = types.SimpleNamespace(
-            nvrtc=FakeNvrtc(),
+            nvrtc=FakeNvrtc(self.launches),
             runtime=types.SimpleNamespace(getDeviceCount=lambda: 1),
             get_cuda_path=lambda: None,
         )
@@ -100,7 +107,9 @@ def _install(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
-    return types.SimpleNamespace(cupy=cupy, nvrtc=cupy.cuda.nvrtc, sources=sources, headers=headers)
+    return types.SimpleNamespace(
+        cupy=cupy, nvrtc=cupy.cuda.nvrtc, sources=sources, headers=headers, Params=Params, forget=forget
+    )
 
 
 def forget():

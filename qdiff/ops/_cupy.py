@@ -1,4 +1,4 @@
-"""Kernels of `cuda/`: compiled on this machine when they are first needed, kept on disk, launched on torch's stream.
+"""Kernels of `cuda/`: compiled on this machine when they are first needed, and kept on disk.
 
 CuPy brings NVRTC and the driver's launch call. Its own compile path appends an -arch to every compilation, which rules
 out the targets with an "a" that Hopper's instructions need (NVRTC before 13 refuses a second -arch), so sources are
@@ -31,7 +31,6 @@ _ARCH_SPECIFIC = {(9, 0): (12, 0), (10, 0): (12, 8), (12, 0): (12, 8)}
 _INSTALL = (
     "install CuPy for the driver's CUDA with its headers, `pip install 'cupy-cuda13x[ctk]'` or 'cupy-cuda12x[ctk]'"
 )
-
 
 _kernels: dict[tuple[int, str, Defines], Kernel] = {}
 

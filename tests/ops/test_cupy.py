@@ -1,6 +1,5 @@
 """Compiling, keeping and launching, on a CuPy that only writes down what it is asked."""
 
-import importlib.util
 import struct
 import sys
 from pathlib import Path
@@ -9,17 +8,6 @@ import pytest
 import torch
 
 from qdiff.ops import _cupy, _launch
-
-_spec = importlib.util.spec_from_file_location("fake_cuda", Path(__file__).parents[1] / "fake_cuda.py")
-fake_cuda = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fake_cuda)
-Params = fake_cuda.Params
-
-
-@pytest.fixture
-def cuda(tmp_path, monkeypatch):
-    with fake_cuda.installed(tmp_path, monkeypatch) as fake:
-        yield fake
 
 
 def made(*wanted):
@@ -59,7 +47,7 @@ def test_targets(cuda, monkeypatch, capability, version, arch):
 def test_a_kernel_is_made_once_a_process_and_compiled_once_a_machine(cuda):
     first = made("add", (("TILE", 128),))
     assert made("add", (("TILE", 128),)) is first
-    fake_cuda.forget()
+    cuda.forget()
     assert made("add", (("TILE", 128),)) is not first
     assert len(cuda.nvrtc.compiled) == 1
 
@@ -67,7 +55,7 @@ def test_a_kernel_is_made_once_a_process_and_compiled_once_a_machine(cuda):
 @pytest.mark.parametrize("change", ["source", "header", "macro", "compiler", "device"])
 def test_whatever_changes_the_result_compiles_anew(cuda, monkeypatch, change):
     made("add")
-    fake_cuda.forget()
+    cuda.forget()
     if change == "source":
         (cuda.sources / "add.cu").write_text("other code")
     if change == "header":
@@ -105,29 +93,29 @@ def test_a_folder_that_cannot_be_written_is_replaced_by_one_that_can(cuda, tmp_p
 
 def test_a_launch_hands_over_the_parameters_bytes_and_torchs_stream(cuda):
     kernel = _cupy.kernel("add")
-    kernel.launch((5, 6, 7), 128, 1024, Params(1 << 40, 9))
+    kernel.launch((5, 6, 7), 128, 1024, cuda.Params(1 << 40, 9))
     assert cuda.cupy.launches == [(4242, 5, 6, 7, 128, 1, 1, 1024, 77, 1 << 40, 9, [(6, 1)])]
 
 
 def test_only_where_the_device_can_a_kernel_overlaps_the_one_before(cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    _cupy.kernel("add").launch((1, 1, 1), 32, 0, Params())
+    _cupy.kernel("add").launch((1, 1, 1), 32, 0, cuda.Params())
     assert cuda.cupy.launches[0][-1] == []
 
 
 def test_nothing_to_do_is_not_launched(cuda):
-    _cupy.kernel("add").launch((5, 0, 1), 128, 0, Params())
+    _cupy.kernel("add").launch((5, 0, 1), 128, 0, cuda.Params())
     assert not cuda.cupy.launches
 
 
 def test_more_shared_memory_is_asked_for_once(cuda):
     kernel = _cupy.kernel("add")
-    kernel.launch((1, 1, 1), 32, 48 * 1024, Params())
+    kernel.launch((1, 1, 1), 32, 48 * 1024, cuda.Params())
     function = kernel._module.function
     assert not hasattr(function, "max_dynamic_shared_size_bytes")
-    kernel.launch((1, 1, 1), 32, 200_000, Params())
+    kernel.launch((1, 1, 1), 32, 200_000, cuda.Params())
     assert function.max_dynamic_shared_size_bytes == 200_000
-    kernel.launch((1, 1, 1), 32, 100_000, Params())
+    kernel.launch((1, 1, 1), 32, 100_000, cuda.Params())
     assert function.max_dynamic_shared_size_bytes == 200_000
 
 
@@ -135,12 +123,12 @@ def test_a_thread_without_a_context_gets_one(cuda, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     cuda.cupy.failures = [201]
-    _cupy.kernel("add").launch((1, 1, 1), 32, 0, Params())
+    _cupy.kernel("add").launch((1, 1, 1), 32, 0, cuda.Params())
     assert chosen == [0]
     assert len(cuda.cupy.launches) == 1
     cuda.cupy.failures = [1]
     with pytest.raises(RuntimeError, match=r"CUresult 1\)"):
-        _cupy.kernel("add").launch((1, 1, 1), 32, 0, Params())
+        _cupy.kernel("add").launch((1, 1, 1), 32, 0, cuda.Params())
 
 
 def test_clusters_share_their_work_evenly():

@@ -1,35 +1,19 @@
 """What a rehearsed call needs is compiled together, ahead of it; on a CuPy that only writes down what it is asked."""
 
-import importlib.util
 import struct
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
 from qdiff.ops import _cupy, _settled, rehearsal
 
-_spec = importlib.util.spec_from_file_location("fake_cuda", Path(__file__).parents[1] / "fake_cuda.py")
-fake_cuda = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fake_cuda)
 
-
-@pytest.fixture
-def cuda(tmp_path, monkeypatch):
-    """The fake CuPy; in `by` are the threads that compiled, in `before` the launches that there were then."""
-    with fake_cuda.installed(tmp_path, monkeypatch) as fake:
-        fake.by, fake.before, really = [], [], fake.nvrtc.compileProgram
-
-        def noted(program, options):
-            fake.by.append(threading.current_thread())
-            fake.before.append(len(fake.cupy.launches))
-            really(program, options)
-
-        monkeypatch.setattr(fake.nvrtc, "compileProgram", noted)
-        monkeypatch.delenv("QDIFF_TUNE", raising=False)
-        yield fake
-        rehearsal.expect(None)
+@pytest.fixture(autouse=True)
+def nothing_expected(monkeypatch):
+    monkeypatch.delenv("QDIFF_TUNE", raising=False)
+    yield
+    rehearsal.expect(None)
 
 
 def launcher(size, grid=(1, 1, 1)):
@@ -54,7 +38,7 @@ def test_nothing_is_launched_and_all_is_compiled_once_by_others(cuda):
         assert not cuda.nvrtc.compiled
     assert not cuda.cupy.launches
     assert len(cuda.nvrtc.compiled) == 3  # an empty launch needs no kernel
-    assert threading.current_thread() not in cuda.by
+    assert threading.current_thread() not in cuda.nvrtc.by
     again(7)
     launch_all(32, 64)
     assert values(cuda) == [7, 32, 64]
@@ -66,9 +50,9 @@ def test_an_expected_call_is_rehearsed_when_it_misses_a_kernel(cuda):
     rehearsal.expect(lambda: launch_all(8, 16, 32, 64))
     launch_all(8, 16, 32, 64)
     assert values(cuda) == [8, 8, 16, 32, 64]
-    assert cuda.before == [0, 2, 2, 2]  # at the first that is missing, before any of them is launched
-    assert cuda.by[0] is threading.current_thread()
-    assert threading.current_thread() not in cuda.by[1:]
+    assert cuda.nvrtc.before == [0, 2, 2, 2]  # at the first that is missing, before any of them is launched
+    assert cuda.nvrtc.by[0] is threading.current_thread()
+    assert threading.current_thread() not in cuda.nvrtc.by[1:]
 
 
 def test_a_call_is_rehearsed_once(cuda):
@@ -93,7 +77,7 @@ def test_other_calls_are_not_rehearsed(cuda, monkeypatch, reason):
         expect(None)
         launch_all(16)
         expect(lambda: calls.append(1))
-        fake_cuda.forget()
+        cuda.forget()
     if reason == "ended":
         expect(None)
     if reason == "captured":
@@ -114,7 +98,7 @@ def test_a_rehearsal_that_fails_says_so_and_leaves_the_call_alone(cuda):
     with pytest.warns(RuntimeWarning, match="compiled one by one, which takes longer: out of memory"):
         launch_all(16, 32, 64)
     assert values(cuda) == [16, 32, 64]
-    assert cuda.before == [0, 0, 2]  # what was reached is there
+    assert cuda.nvrtc.before == [0, 0, 2]  # what was reached is there
 
 
 def test_what_does_not_compile_is_an_error_where_it_is_launched(cuda):

@@ -1,7 +1,6 @@
 """The first call of a denoiser finds its kernels compiled together; on a GPU that computes nothing."""
 
 import copy
-import importlib.util
 import sys
 import weakref
 from pathlib import Path
@@ -14,34 +13,22 @@ from torch import nn
 
 from qdiff.ops import _cupy, _tiles, checks, rehearsal
 
-_spec = importlib.util.spec_from_file_location("fake_cuda", Path(__file__).parents[1] / "fake_cuda.py")
-fake_cuda = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fake_cuda)
-
 
 @pytest.fixture
-def cuda(tmp_path, monkeypatch):
-    """A GPU of capability 8.0 without any kernel, that takes CPU tensors for its own; in `before` are the launches that
-    there were at each compilation."""
-    with fake_cuda.installed(tmp_path, monkeypatch) as fake, torch.no_grad():
-        for path in (Path(__file__).parents[2] / "cuda").glob("*.cu"):
-            (fake.sources / path.name).write_text("code")
-        fake.before, really = [], fake.nvrtc.compileProgram
-
-        def noted(program, options):
-            fake.before.append(len(fake.cupy.launches))
-            really(program, options)
-
-        monkeypatch.setattr(fake.nvrtc, "compileProgram", noted)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-        monkeypatch.setattr(_cupy, "multiprocessors", lambda device: 108)
-        monkeypatch.setattr(_tiles, "_chosen", {})
-        for name, module in list(sys.modules.items()):
-            if name.startswith("qdiff.ops.") and hasattr(module, "runs_kernel"):
-                monkeypatch.setattr(module, "runs_kernel", lambda op, x, refusal: refusal is None)
-        checks.forget()
-        yield fake
-        checks.forget()
+def cuda(cuda, monkeypatch):
+    """It is of capability 8.0, and takes CPU tensors for its own."""
+    for path in (Path(__file__).parents[2] / "cuda").glob("*.cu"):
+        (cuda.sources / path.name).write_text("code")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(_cupy, "multiprocessors", lambda device: 108)
+    monkeypatch.setattr(_tiles, "_chosen", {})
+    for name, module in list(sys.modules.items()):
+        if name.startswith("qdiff.ops.") and hasattr(module, "runs_kernel"):
+            monkeypatch.setattr(module, "runs_kernel", lambda op, x, refusal: refusal is None)
+    checks.forget()
+    with torch.no_grad():
+        yield cuda
+    checks.forget()
 
 
 def denoiser_of(pipe):
@@ -66,22 +53,22 @@ def test_all_kernels_of_a_first_call_are_compiled_before_any_is_launched(quantiz
     denoiser = denoiser_of(quantized())
     call(denoiser)
     first = shapes(cuda.cupy.launches)
-    assert len(cuda.before) > 3
-    assert set(cuda.before) == {0}
+    assert len(cuda.nvrtc.before) > 3
+    assert set(cuda.nvrtc.before) == {0}
     call(denoiser)
     assert shapes(cuda.cupy.launches)[len(first) :] == first  # so the first call launched each kernel once
-    assert len(cuda.nvrtc.compiled) == len(cuda.before)
+    assert len(cuda.nvrtc.compiled) == len(cuda.nvrtc.before)
 
 
 def test_so_are_those_of_a_copy(quantized_sd, cuda):
     call(copy.deepcopy(quantized_sd().unet))
-    assert set(cuda.before) == {0}
+    assert set(cuda.nvrtc.before) == {0}
 
 
 def test_so_are_those_of_a_model_that_is_moved_as_a_whole(quantized_sd, cuda):
     unet, _ = cpu_offload_with_hook(quantized_sd().unet, "cpu")
     call(unet)
-    assert set(cuda.before) == {0}
+    assert set(cuda.nvrtc.before) == {0}
 
 
 class Counting(AttnProcessor2_0):
@@ -116,7 +103,7 @@ def test_whoever_could_notice_is_called_once(quantized_sd, cuda, how):
         block.forward = lambda *args, **kwargs: (calls.append(1), really(*args, **kwargs))[1]
     call(unet)
     assert (counting.calls if how == "processor" else len(calls)) == 1
-    assert len(set(cuda.before)) > 1  # compiled one by one
+    assert len(set(cuda.nvrtc.before)) > 1  # compiled one by one
 
 
 @pytest.mark.parametrize("how", ["a hook for all modules", "dropout"])
@@ -131,7 +118,7 @@ def test_nor_is_a_call_rehearsed_that_others_would_notice(quantized_sd, cuda, ho
             call(unet)
         finally:
             handle.remove()
-    assert len(set(cuda.before)) > 1
+    assert len(set(cuda.nvrtc.before)) > 1
 
 
 @pytest.mark.parametrize("fails", [False, True])
